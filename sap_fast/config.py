@@ -1,0 +1,161 @@
+"""The settings of the method, and its two published presets."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args, get_type_hints
+
+Layers = Sequence[int] | Callable[[int], Sequence[int]]
+
+
+def paper_layers(depth: int) -> range:
+    """Outputs of layers 11 to 20 of 32, counted from 1 (arXiv 2505.16737, Table 7), at the same share of depth."""
+    return range(round(10 / 32 * depth), max(round(20 / 32 * depth), round(10 / 32 * depth) + 1))
+
+
+def released_layers(depth: int) -> tuple[int, ...]:
+    """Layers 3 and 9 of 32, counted from 0 (released ``main.py``), at the same share of depth."""
+    return tuple(sorted({round(3 / 32 * depth), round(9 / 32 * depth)}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAPConfig:
+    """Settings of Safety-Aware Probing. Immutable; ``replace(**changes)`` gives a changed copy.
+
+    Attributes:
+        probe_layers: layers whose output gets a probe, counted from 0, or a function of the model's depth.
+        guard: what the harmful direction u is used for. ``"probe"`` is SAP; ``"project"`` takes from the task
+            gradient its component toward harm, when it has one; ``"counter"`` adds ``counter * |g| u`` to it;
+            ``"probe+project"`` does both.
+        schedule: ``"lagged"``: the gradient is taken at the probe found in the last step, and the next probe
+            is found in the same pass. ``"fresh"``: the probe is found first, in the same step.
+        gradient: how the probe's gradient is computed: ``"dual"`` (exact) or ``"finite_difference"``, for comparison.
+        radius: length of the finite difference, and the alpha of the AdamW update, relative to |theta|.
+        probe_update: how the probe is found, from zero, on its gradient ``G = grad_V L_dot``: ``"sign"``
+            (``strength * sign G``), ``"normalised"`` (``strength * G / |G|`` over all layers together) or
+            ``"adamw"`` (one step of learning rate ``strength`` on ``-alpha G``; its moments persist).
+        strength: size of the probe.
+        strength_unit: ``"relative"``: to each layer's scale, the median over tokens of its output's RMS;
+            ``"absolute"``: in the units of the hidden state.
+        safety_loss: ``"difference"``: mean of ``-(log p(chosen) - log p(rejected))``, which does not saturate;
+            ``"logsigmoid"``: mean of ``-log sigmoid(margin / temperature)``.
+        per_token: log-probabilities are means over an answer's tokens, else sums.
+        temperature: of ``"logsigmoid"``.
+        probe_in_safety_pass: whether the probe in use acts while the harmful direction is computed.
+        counter: strength of ``guard="counter"``.
+        restart: how ``"fresh"`` reaches its outer pass: ``"store"`` keeps what lies beneath the lowest probe,
+            ``"recompute"`` runs it again, ``"auto"`` stores for one micro-batch and recomputes for several.
+        check: ``"now"`` looks at the step's numbers before ``.grad`` is written; ``"deferred"`` leaves a flag
+            on the device and raises at the next step, without the guarantee that nothing was written.
+
+    Raises:
+        ValueError: a value out of its range, named.
+    """
+
+    probe_layers: Layers = paper_layers
+    guard: Literal["probe", "project", "counter", "probe+project"] = "probe"
+    schedule: Literal["lagged", "fresh"] = "lagged"
+    gradient: Literal["dual", "finite_difference"] = "dual"
+    radius: float = 2e-5
+    probe_update: Literal["sign", "normalised", "adamw"] = "sign"
+    strength: float = 0.01
+    strength_unit: Literal["relative", "absolute"] = "relative"
+    safety_loss: Literal["difference", "logsigmoid"] = "difference"
+    per_token: bool = True
+    temperature: float = 1.0
+    probe_in_safety_pass: bool = False
+    counter: float = 0.1
+    restart: Literal["auto", "store", "recompute"] = "auto"
+    check: Literal["now", "deferred"] = "now"
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            choices = get_args(hint)
+            value = getattr(self, name)
+            if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
+                raise ValueError(f"{name} must be one of {list(choices)}, but is {value!r}")
+        for name in ("radius", "temperature"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be positive and finite, but is {getattr(self, name)}")
+        for name in ("strength", "counter"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be finite and not negative, but is {getattr(self, name)}")
+
+    @classmethod
+    def released(cls, **changes: Any) -> "SAPConfig":
+        """What the authors' released code does, its faults aside; the gradient is exact here.
+
+        Sources, in the repository ChengcanWu/SAP (Apache-2.0), folder SAPcode:
+
+        - ``probe_layers`` 3 and 9 of 32: ``main.py``, ``v_register_layer = [3, 9]`` (a bias on ``mlp.down_proj``,
+          which is the layer's output)
+        - ``schedule="lagged"``, ``guard="probe"``: ``train.py``, the probe stepped at the end of step t acts in t + 1
+        - ``radius=2e-5``: ``main.py``, ``grad_rate = 2e-5``; ``train.py``, times the norm of all LoRA A and B
+        - ``probe_update="adamw"``, ``strength=0.05`` absolute: ``main.py``, ``v_lr = 0.05``; ``train.py``,
+          ``zero_params(bias_optimizer); bias_optimizer.step()``; ``model.py``, ``AdamW`` with its defaults
+        - ``safety_loss="logsigmoid"``, sums, ``temperature=1``: ``train.py``, ``compute_contrastive_gradients``
+        - ``probe_in_safety_pass=True``: ``train.py``, the bias is never switched off
+        """
+        preset = cls(
+            probe_layers=released_layers,
+            schedule="lagged",
+            radius=2e-5,
+            probe_update="adamw",
+            strength=0.05,
+            strength_unit="absolute",
+            safety_loss="logsigmoid",
+            per_token=False,
+            temperature=1.0,
+            probe_in_safety_pass=True,
+        )
+        return replace(preset, **changes)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "SAPConfig":
+        """Algorithm 1 of the paper (arXiv 2505.16737).
+
+        - ``probe_layers``: outputs of layers 11 to 20 of 32, Table 7 ("middle layers are most effective")
+        - ``schedule="fresh"``: Algorithm 1, the probe found in a step acts in that step
+        - ``probe_update="normalised"``: Algorithm 1, ``V = beta * grad / |grad|`` of ``L_su``
+        - ``safety_loss="difference"``: section on the contrastive loss, ``L(safe) - L(harmful)``; sums over tokens
+        - ``probe_in_safety_pass=False``: Algorithm 1 takes the direction at W alone
+        - ``strength=0.02`` relative is ours: the paper's beta is in the units of its models' hidden states
+        """
+        preset = cls(
+            probe_layers=paper_layers,
+            schedule="fresh",
+            probe_update="normalised",
+            strength=0.02,
+            strength_unit="relative",
+            safety_loss="difference",
+            per_token=False,
+            probe_in_safety_pass=False,
+        )
+        return replace(preset, **changes)
+
+    def replace(self, **changes: Any) -> "SAPConfig":
+        """A copy with some settings changed."""
+        return replace(self, **changes)
+
+    @property
+    def uses_probe(self) -> bool:
+        return "probe" in self.guard.split("+")
+
+    def layers_of(self, depth: int) -> tuple[int, ...]:
+        """The probed layers in a model of ``depth`` layers.
+
+        Raises:
+            ValueError: none, a repeated one, or one out of range.
+        """
+        chosen = self.probe_layers(depth) if callable(self.probe_layers) else self.probe_layers
+        layers = tuple(chosen)
+        if not layers:
+            raise ValueError("probe_layers is empty; name at least one layer, or use guard='project'")
+        for layer in layers:
+            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < depth:
+                raise ValueError(
+                    f"probe_layers holds {layer!r}; the model has layers 0 to {depth - 1}, counted from 0"
+                )
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"probe_layers {list(layers)} repeats a layer")
+        return tuple(sorted(layers))

@@ -1,0 +1,300 @@
+"""The library's own decoder loop over a model's weights: an ordinary pass (S = 1) or a pair (S = 2).
+
+The model's modules hold the weights and nothing else here; what runs is the ops of ``sap_fast.ops``. A layer
+hands on the residual stream and its own update separately, because their sum is taken, together with the
+probe, inside the next norm:
+
+    h, y = probe_rms_norm(residual, update, probe of the layer before)
+    h, y = probe_rms_norm(h, attention(y));  hand on (h, mlp(y))
+
+Beneath the lowest probe the primal half needs no gradient, so the ops there run their half backward.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sap_fast.batch import Rows
+from sap_fast.dual import halves
+from sap_fast.ops import (
+    LoRATarget,
+    attention,
+    glu,
+    linear_cross_entropy,
+    lora_linear,
+    probe_rms_norm,
+    rms_norm,
+    rotary,
+)
+from sap_fast.ops._library import compute_dtype
+
+Weights = Mapping[str, Tensor]
+
+
+class Stream(NamedTuple):
+    """What one layer hands to the next: ``[rows, d]`` each; tangents None in an ordinary pass.
+
+    ``update`` is None before the first layer, whose norm reads the embeddings alone.
+    """
+
+    residual: Tensor
+    residual_dot: Tensor | None
+    update: Tensor | None = None
+    update_dot: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is constant over one traversal of the decoder.
+
+    ``theta`` holds the values of all LoRA tensors by name. ``theta_dot`` holds the direction, and makes the pass
+    a pair; gradients go to it (see :func:`sap_fast.ops.lora_linear`), else to ``theta``. ``probe`` holds
+    ``[S, d]`` stacks by layer. ``seed`` draws the dropout masks; None is a pass without dropout.
+    """
+
+    rows: Rows
+    theta: Weights
+    theta_dot: Weights | None
+    probe: Mapping[int, Tensor]
+    seed: Tensor | None
+    cos: Tensor
+    sin: Tensor
+    rms: dict[int, Tensor] = field(default_factory=dict)  # per-row RMS of each probed layer's output [rows]
+
+    @property
+    def is_pair(self) -> bool:
+        return self.theta_dot is not None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm module and how to read it."""
+
+    module: nn.Module
+    offset: float
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight.detach()
+
+    @property
+    def eps(self) -> float:
+        return float(self.module.variance_epsilon)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear module, with the names of its LoRA tensors where it has an active adapter."""
+
+    base: nn.Linear
+    lora: nn.Module | None = None
+    adapter: str = ""
+    a: str = ""
+    b: str = ""
+    salt: int = 0
+
+    def target(self, run: Pass) -> LoRATarget:
+        weight = self.base.weight.detach()
+        bias = None if self.base.bias is None else self.base.bias.detach()
+        if self.lora is None:
+            return LoRATarget(weight, bias)
+        drop, dot = self.lora.lora_dropout[self.adapter], run.theta_dot
+        dropping = run.seed is not None and drop.training and isinstance(drop, nn.Dropout)
+        return LoRATarget(
+            weight,
+            bias,
+            run.theta[self.a],
+            run.theta[self.b],
+            None if dot is None else dot[self.a],
+            None if dot is None else dot[self.b],
+            self.lora.scaling[self.adapter],
+            drop.p if dropping else 0.0,
+            self.salt,
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: its parts, and its forward on a stream."""
+
+    module: nn.Module
+    input_norm: Norm
+    post_norm: Norm
+    qkv: tuple[Projection, Projection, Projection]
+    o: Projection
+    gate_up: tuple[Projection, Projection]
+    down: Projection
+    head_dim: int
+    scale: float
+    window: int | None
+    activation: str
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return (*self.qkv, self.o, *self.gate_up, self.down)
+
+    def forward(
+        self, stream: Stream, probe: Tensor | None, run: Pass
+    ) -> tuple[Stream, Tensor | None]:
+        """Run the layer; ``probe`` is that of the layer before, whose sum with the stream is taken here.
+
+        Returns:
+            The stream, and ``rstd [rows]`` of the sum (None in the first layer, which has none).
+        """
+        residual, residual_dot, update, update_dot = stream
+        norm, rstd = self.input_norm, None
+        if update is None:
+            y, y_dot = rms_norm(residual, residual_dot, norm.weight, eps=norm.eps, offset=norm.offset)
+        else:
+            residual, residual_dot, y, y_dot, rstd = probe_rms_norm(
+                *stream, probe, norm.weight, eps=norm.eps, offset=norm.offset
+            )
+        m, m_dot = self._attention(y, y_dot, run)
+        norm = self.post_norm
+        residual, residual_dot, y, y_dot, _ = probe_rms_norm(
+            residual, residual_dot, m, m_dot, None, norm.weight, eps=norm.eps, offset=norm.offset
+        )
+        return Stream(residual, residual_dot, *self._mlp(y, y_dot, run)), rstd
+
+    def _attention(self, y: Tensor, y_dot: Tensor | None, run: Pass) -> tuple[Tensor, Tensor | None]:
+        qkv = lora_linear(y, y_dot, [p.target(run) for p in self.qkv], seed=run.seed)
+        heads = [None if x is None else x.unflatten(-1, (-1, self.head_dim)) for pair in qkv for x in pair]
+        q, q_dot, k, k_dot = rotary(*heads[:4], run.cos, run.sin)
+        o, o_dot = attention(
+            q,
+            q_dot,
+            k,
+            k_dot,
+            *heads[4:],
+            run.rows.cu_seqlens,
+            max_seqlen=run.rows.max_seqlen,
+            scale=self.scale,
+            window=self.window,
+        )
+        o, o_dot = o.flatten(1), None if o_dot is None else o_dot.flatten(1)
+        return lora_linear(o, o_dot, [self.o.target(run)], seed=run.seed)[0]
+
+    def _mlp(self, y: Tensor, y_dot: Tensor | None, run: Pass) -> tuple[Tensor, Tensor | None]:
+        (gate, gate_dot), (up, up_dot) = lora_linear(
+            y, y_dot, [p.target(run) for p in self.gate_up], seed=run.seed
+        )
+        y, y_dot = glu(gate, gate_dot, up, up_dot, activation=self.activation)
+        return lora_linear(y, y_dot, [self.down.target(run)], seed=run.seed)[0]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model's decoder, read by ``convert.py``."""
+
+    layers: tuple[Layer, ...]
+    embedding: nn.Embedding
+    norm: Norm
+    head: nn.Module
+    rotary_embedding: nn.Module
+    adapters: Weights  # every LoRA tensor of the active adapter, by name
+    trained: Mapping[str, nn.Parameter]  # those that require grad: theta
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.embedding.weight.shape[1]
+
+    def drops_out(self) -> bool:
+        """Whether any adapter's dropout is live."""
+        loras = [p for layer in self.layers for p in layer.projections if p.lora is not None]
+        drops = [p.lora.lora_dropout[p.adapter] for p in loras]
+        return any(isinstance(drop, nn.Dropout) and drop.training and drop.p > 0 for drop in drops)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Let each layer module's ``__call__`` run the library's forward, for the duration of a step.
+
+        Going through ``__call__`` keeps a layer's hooks firing. The forward is taken off whatever happens; it
+        must stay while backward runs, since a checkpointed layer is called again there.
+        """
+        put: list[nn.Module] = []
+        try:
+            for layer in self.layers:
+                put.append(layer.module)
+                layer.module.forward = layer.forward
+            yield
+        finally:
+            for module in put:
+                module.__dict__.pop("forward", None)
+
+    def start(
+        self,
+        rows: Rows,
+        seed: Tensor | None,
+        *,
+        theta: Weights | None = None,
+        theta_dot: Weights | None = None,
+        probe: Mapping[int, Tensor] | None = None,
+    ) -> Pass:
+        """Prepare a traversal. ``theta`` replaces the values of trained weights; absent ones are the model's."""
+        theta = {**self.adapters, **(theta or {})}
+        if theta_dot is not None:
+            theta = {name: value.detach() for name, value in theta.items()}
+            frozen = {n: torch.zeros_like(v, dtype=torch.float32) for n, v in theta.items() if n not in theta_dot}
+            theta_dot = {**theta_dot, **frozen}
+        with torch.no_grad():
+            like = torch.empty(0, dtype=compute_dtype(self.embedding.weight), device=self.device)
+            cos, sin = self.rotary_embedding(like, rows.position_ids[None])
+        return Pass(rows, theta, theta_dot, probe or {}, seed, cos[0], sin[0])
+
+    def embed(self, run: Pass) -> Stream:
+        """The stream that enters the first layer. Embeddings are frozen, so their tangent is zero."""
+        with torch.no_grad():
+            x = F.embedding(run.rows.input_ids, self.embedding.weight)
+            if not run.is_pair:
+                return Stream(x, None)
+            pair = x.new_zeros((2, *x.shape))
+            pair[0] = x
+            return Stream(*halves(pair))
+
+    def run_layers(self, run: Pass, stream: Stream, start: int, stop: int) -> Stream:
+        """Run layers ``start`` to ``stop - 1``; the stream is that which left layer ``start - 1``."""
+        for i in range(start, stop):
+            module, probe = self.layers[i].module, run.probe.get(i - 1)
+            # nn.Module's own __call__: some versions of transformers checkpoint in the layer class's.
+            call = partial(nn.Module.__call__, module)
+            if module.training and getattr(module, "gradient_checkpointing", False):
+                # Dropout masks are functions of the seed: recomputation needs no generator state.
+                call = partial(checkpoint, call, use_reentrant=False, preserve_rng_state=False)
+            stream, rstd = call(stream, probe, run)
+            if probe is not None:
+                run.rms[i - 1] = _rms(rstd, self.layers[i].input_norm.eps)
+        return stream
+
+    def score(self, run: Pass, stream: Stream) -> tuple[Tensor, Tensor | None]:
+        """Final norm and head on the rows that predict a scored token: ``(nll, nll_dot) [scored]``."""
+        labelled = Stream(*(None if x is None else x.index_select(0, run.rows.label_rows) for x in stream))
+        last, norm = len(self.layers) - 1, self.norm
+        _, _, y, y_dot, rstd = probe_rms_norm(
+            *labelled, run.probe.get(last), norm.weight, eps=norm.eps, offset=norm.offset
+        )
+        if last in run.probe:
+            run.rms[last] = _rms(rstd, norm.eps)  # of the scored rows
+        return linear_cross_entropy(y, y_dot, self.head.weight.detach(), run.rows.labels)
+
+    def forward(self, run: Pass) -> tuple[Tensor, Tensor | None]:
+        """The whole traversal: ``(nll, nll_dot) [scored]``."""
+        return self.score(run, self.run_layers(run, self.embed(run), 0, len(self.layers)))
+
+
+def _rms(rstd: Tensor, eps: float) -> Tensor:
+    return (rstd.pow(-2) - eps).clamp_min(0).sqrt()

@@ -1,0 +1,13 @@
+"""The errors of the library. Each is raised before anything the caller owns has changed."""
+
+
+class UnsupportedModelError(TypeError):
+    """The model holds something for which there is no pair rule; the message names it."""
+
+
+class BatchError(ValueError):
+    """A batch or its pairs are malformed; the message says what was expected, what came and what to do."""
+
+
+class StepRefusedError(RuntimeError):
+    """The step's numbers are unusable (not finite, or without direction). Nothing was written."""

@@ -1,0 +1,20 @@
+"""The pair operations. Each folder: a public function, its primal in ``reference.py``, its inputs in ``cases.py``."""
+
+from sap_fast.ops.attention import attention
+from sap_fast.ops.glu import glu
+from sap_fast.ops.linear_cross_entropy import linear_cross_entropy
+from sap_fast.ops.lora_linear import LoRATarget, lora_linear
+from sap_fast.ops.probe_rms_norm import probe_rms_norm
+from sap_fast.ops.rms_norm import rms_norm
+from sap_fast.ops.rotary import rotary
+
+__all__ = [
+    "LoRATarget",
+    "attention",
+    "glu",
+    "linear_cross_entropy",
+    "lora_linear",
+    "probe_rms_norm",
+    "rms_norm",
+    "rotary",
+]

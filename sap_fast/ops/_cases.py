@@ -1,0 +1,223 @@
+"""What an op is tried on, read by its tests and by its benchmarks alike.
+
+Every op folder fills one :class:`OpCases` in its ``cases.py``; ``tests/test_ops.py`` and
+``benchmarks/bench_ops.py`` find it there, and an op without that file has neither.
+
+A :class:`Problem` is one case made concrete, as stacks (see ``sap_fast/dual.py``). The leading
+dimensions of its inputs ``[S, ...]`` and cotangents ``[n, ...]`` say what is asked for: a full pair
+(2, 2), a pair in half mode (2, 1) or an ordinary pass (1, 1). It has two answers: that of the op,
+:func:`run`, and that of the rules derived from the op's primal, :func:`derive`. Both are flat
+dictionaries in the notation of ``dual.py``: ``y``, ``y_dot``, ``dx``, ``dx_dot``.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sap_fast.dual import pullback, pushforward
+
+Pair = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs.
+
+    Attributes:
+        name: tells it from the op's other cases; readable.
+        make: draws ``(inputs, constants)`` from a generator, on its device. Inputs, by name, are float64
+            stacks ``[2, ...]`` of what is differentiated; constants are everything else: frozen
+            tensors in float64, index tensors, numbers.
+        bench: a size of a real model, for the benchmarks; the tests take all other cases.
+        flops: of one of the matrix products that :class:`Products` counts; 0 if there are none.
+    """
+
+    name: str
+    make: Callable[[torch.Generator], tuple[dict[str, Tensor], dict[str, Any]]]
+    bench: bool = False
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Products:
+    """How many matrix products of one size each pass must form; recomputed ones do not count.
+
+    By default those of a linear map: each half has one forward and, its weight being frozen, one
+    backward. ``backward`` is that of an ordinary pass and of half mode, which do the same.
+    """
+
+    forward: int = 1
+    backward: int = 1
+    pair_forward: int = 2
+    pair_backward: int = 2
+
+
+@dataclass(frozen=True)
+class OpCases:
+    """An op and what it is tried on.
+
+    Attributes:
+        name: of the op and of its folder.
+        outputs: names of the outputs that carry gradient, as in the op's documentation.
+        call: runs the public function on pairs by name (``(x, None)`` in an ordinary pass) and
+            returns the output pairs.
+        primal: the plain function of the inputs by name: one half in, one half of each output out.
+        cases: at least one with ``bench``, and one without.
+        wide: names of inputs that stay float32 where the others are bfloat16.
+        tangent_only: names of inputs that are constants of a pair although their tangents are not:
+            there the op has no cotangent for their primal half.
+        products: for the benchmarks' count of floating-point operations.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    call: Callable[[dict[str, Pair], dict[str, Any]], Sequence[Pair]]
+    primal: Callable[[dict[str, Tensor], dict[str, Any]], tuple[Tensor, ...]]
+    cases: Sequence[Case]
+    wide: Collection[str] = ()
+    tangent_only: Collection[str] = ()
+    products: Products = Products()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Concrete inputs ``[S, ...]``, constants, and cotangents ``[n, ...]``, all by name."""
+
+    inputs: dict[str, Tensor]
+    constants: dict[str, Any]
+    cotangents: dict[str, Tensor]
+
+    @property
+    def is_pair(self) -> bool:
+        return len(next(iter(self.inputs.values()))) == 2
+
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> "Problem":
+        """Apply ``change(name, tensor)`` to every floating-point tensor."""
+
+        def changed(values: Mapping[str, Any]) -> dict[str, Any]:
+            floating = {k: v for k, v in values.items() if torch.is_tensor(v)}
+            floating = {k: v for k, v in floating.items() if v.is_floating_point()}
+            return {**values, **{name: change(name, value) for name, value in floating.items()}}
+
+        return Problem(changed(self.inputs), changed(self.constants), changed(self.cotangents))
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        return self.map(lambda name, x: x.to(dtype))
+
+    def half(self) -> "Problem":
+        """The pair in half mode: only the cotangent of the tangent half, the ordinary gradient."""
+        return Problem(
+            self.inputs, self.constants, {name: dy[-1:] for name, dy in self.cotangents.items()}
+        )
+
+    def single(self) -> "Problem":
+        """The ordinary pass, whose gradient the half mode's is."""
+        return Problem(
+            {name: x[:1] for name, x in self.inputs.items()},
+            self.constants,
+            self.half().cotangents,
+        )
+
+
+def normal(rng: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal numbers in float64 on the generator's device."""
+    return torch.randn(shape, generator=rng, dtype=torch.float64, device=rng.device)
+
+
+def every_op() -> list[OpCases]:
+    """Collect ``CASES`` from the ``cases.py`` of every op folder."""
+    ops = importlib.import_module("sap_fast.ops")
+    folders = [module.name for module in pkgutil.iter_modules(ops.__path__) if module.ispkg]
+    return [importlib.import_module(f"sap_fast.ops.{name}.cases").CASES for name in folders]
+
+
+def pose(
+    op: OpCases, case: Case, rng: torch.Generator, dtype: torch.dtype = torch.float64
+) -> Problem:
+    """Draw a case's inputs, rounded to ``dtype``, and cotangents for both halves of every output."""
+
+    def rounded(name: str, x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(dtype, torch.float32) if name in op.wide else dtype)
+
+    problem = Problem(*case.make(rng), {}).map(rounded)
+    with torch.no_grad():
+        ys = op.call(_pairs(_split(problem.inputs, True)), problem.constants)
+    cotangents = {
+        name: normal(rng, 2, *y.shape).to(y.dtype)
+        for name, (y, _) in zip(op.outputs, ys, strict=True)
+    }
+    return Problem(problem.inputs, problem.constants, cotangents)
+
+
+def differentiated(op: OpCases, problem: Problem) -> list[str]:
+    """Name the halves for which the op gives a cotangent, such as ``["x", "x_dot"]``."""
+    half_mode = problem.is_pair and len(next(iter(problem.cotangents.values()))) == 1
+    names = []
+    for name in problem.inputs:
+        if not (half_mode or (problem.is_pair and name in op.tangent_only)):
+            names.append(name)
+        if problem.is_pair:
+            names.append(f"{name}_dot")
+    return names
+
+
+def run(op: OpCases, problem: Problem, wanted: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Solve a problem by the public op and autograd.
+
+    Args:
+        wanted: the input halves that require grad; by default all of :func:`differentiated`.
+    """
+    wanted = differentiated(op, problem) if wanted is None else wanted
+    leaves = {
+        name: half.detach().requires_grad_(name in wanted)
+        for name, half in _split(problem.inputs, problem.is_pair).items()
+    }
+    pairs = op.call(_pairs(leaves), problem.constants)
+    ys: dict[str, Tensor] = {}
+    for name, (y, y_dot) in zip(op.outputs, pairs, strict=True):
+        ys |= {name: y} if y_dot is None else {name: y, f"{name}_dot": y_dot}
+    dys = {k: dy for k, dy in _split(problem.cotangents, problem.is_pair).items()}
+    through = [name for name in dys if ys[name].requires_grad]
+    dxs = torch.autograd.grad(
+        [ys[name] for name in through],
+        [leaves[name] for name in wanted],
+        [dys[name] for name in through],
+        materialize_grads=True,
+    )
+    gradients = {f"d{name}": dx for name, dx in zip(wanted, dxs, strict=True)}
+    return {name: y.detach() for name, y in ys.items()} | gradients
+
+
+def derive(op: OpCases, problem: Problem) -> dict[str, Tensor]:
+    """Solve a problem by the rules that follow from the op's primal: the oracle."""
+
+    def primal(*xs: Tensor) -> tuple[Tensor, ...]:
+        return op.primal(dict(zip(problem.inputs, xs, strict=True)), problem.constants)
+
+    xs = tuple(problem.inputs.values())
+    ys = dict(zip(op.outputs, pushforward(primal, *xs), strict=True))
+    dys = tuple(problem.cotangents.values())
+    dxs = dict(zip(problem.inputs, pullback(primal, xs, dys), strict=True))
+    gradients = {f"d{name}": dx for name, dx in _split(dxs, problem.is_pair).items()}
+    wanted = {f"d{name}" for name in differentiated(op, problem)}
+    return _split(ys, problem.is_pair) | {k: dx for k, dx in gradients.items() if k in wanted}
+
+
+def _split(stacks: Mapping[str, Tensor], is_pair: bool) -> dict[str, Tensor]:
+    """Name the halves of stacks: ``{x, x_dot}``, or ``{x_dot}`` alone for a cotangent in half mode."""
+    result: dict[str, Tensor] = {}
+    for name, stack in stacks.items():
+        names = (name, f"{name}_dot") if is_pair else (name,)
+        result |= dict(zip(names[-len(stack) :], stack, strict=True))
+    return result
+
+
+def _pairs(halves: Mapping[str, Tensor]) -> dict[str, Pair]:
+    """Undo :func:`_split`: ``{x: (x, x_dot)}``."""
+    names = [name for name in halves if not name.endswith("_dot")]
+    return {name: (halves[name], halves.get(f"{name}_dot")) for name in names}

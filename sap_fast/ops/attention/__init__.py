@@ -1,0 +1,167 @@
+"""Causal self-attention of a pair over packed or padded sequences; grouped heads, sliding window."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sap_fast.dual import halves, pullback, pushforward, stacked
+from sap_fast.ops._library import (
+    Mode,
+    check_device,
+    check_pair,
+    check_shape,
+    compute_dtype,
+    define,
+    split_cotangent,
+    stacked_cotangent,
+)
+from sap_fast.ops.attention.reference import primal
+
+__all__ = ["attention"]
+
+
+def attention(
+    q: Tensor,
+    q_dot: Tensor | None,
+    k: Tensor,
+    k_dot: Tensor | None,
+    v: Tensor,
+    v_dot: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,
+    scale: float,
+    window: int | None = None,
+    seqused: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``o = softmax(scale q k^T + causal mask) v`` within each sequence, and its tangent ``o_dot``.
+
+    Args:
+        q, q_dot: ``[rows, heads, head_dim]``; k, k_dot, v, v_dot: ``[rows, kv_heads, head_dim]`` with heads a
+            multiple of kv_heads; float32, bfloat16 or float64; all tangents None is an ordinary pass.
+        cu_seqlens: ``[B + 1]`` int32, from 0: sequence b holds rows ``cu_seqlens[b]`` up to
+            ``cu_seqlens[b + 1]``. Rows after the last belong to no sequence.
+        max_seqlen: an upper bound of the sequence lengths.
+        scale: of the scores, usually ``head_dim ** -0.5``.
+        window: a query sees itself and the ``window - 1`` keys before it; None for all of them.
+        seqused: ``[B]`` int32: how many rows of each sequence are real, for batches padded on the right
+            (``cu_seqlens = arange(B + 1) * T``); None if all are.
+
+    Returns:
+        ``(o, o_dot)`` of the shape and dtype of ``q``; zero in rows of padding or of no sequence.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+    """
+    for name, x, x_dot in (("q", q, q_dot), ("k", k, k_dot), ("v", v, v_dot)):
+        check_pair(name, x, x_dot, 3)
+        check_device(name, x, "q", q)
+        check_shape(name, x, (q.shape[0], x.shape[1], q.shape[2]))
+        if (x_dot is None) != (q_dot is None):
+            raise ValueError("q, k and v must all have a tangent, or none; pass zeros where it is zero")
+    check_shape("v", v, tuple(k.shape))
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"heads must be a multiple of kv_heads, but are {q.shape[1]} and {k.shape[1]}")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1:
+        raise TypeError(f"cu_seqlens must be int32 [B + 1], but is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    check_device("cu_seqlens", cu_seqlens, "q", q)
+    if seqused is not None:
+        check_shape("seqused", seqused, (cu_seqlens.shape[0] - 1,))
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, or None for full attention, but is {window}")
+    return _Attention.apply(q, q_dot, k, k_dot, v, v_dot, cu_seqlens, seqused, max_seqlen, scale, window or 0)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        q_dot: Tensor | None,
+        k: Tensor,
+        k_dot: Tensor | None,
+        v: Tensor,
+        v_dot: Tensor | None,
+        cu_seqlens: Tensor,
+        seqused: Tensor | None,
+        max_seqlen: int,
+        scale: float,
+        window: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.mode = Mode.of(q_dot, any(ctx.needs_input_grad[0:6:2]))
+        ctx.constants = max_seqlen, scale, window
+        qkv = stacked(q, q_dot), stacked(k, k_dot), stacked(v, v_dot)
+        o, lse = torch.ops.sap_fast.attention(*qkv, cu_seqlens, seqused, *ctx.constants)
+        ctx.save_for_backward(*qkv, o, lse, cu_seqlens, seqused)
+        o, o_dot = halves(o)
+        if ctx.mode is Mode.HALF:
+            ctx.mark_non_differentiable(o)
+        return o, o_dot
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, do_dot: Tensor | None) -> tuple:
+        q, k, v, o, lse, cu_seqlens, seqused = ctx.saved_tensors
+        do = stacked_cotangent(ctx.mode, do, do_dot, q[0])
+        grads = torch.ops.sap_fast.attention_backward(
+            do, q, k, v, o, lse, cu_seqlens, seqused, *ctx.constants
+        )
+        pairs = (half for grad in grads for half in split_cotangent(ctx.mode, grad))
+        return *pairs, None, None, None, None, None
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    seqused: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, ...]:
+    return pushforward(
+        lambda q, k, v: primal(q, k, v, cu_seqlens, seqused, max_seqlen, scale, window), q, k, v
+    )
+
+
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    seqused: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, ...]:
+    # o and lse (and their tangents) are what a kernel reads; the reference derives them again.
+    return pullback(
+        lambda q, k, v: primal(q, k, v, cu_seqlens, seqused, max_seqlen, scale, window)[:1], (q, k, v), (do,)
+    )
+
+
+def _fake_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty((do.shape[0], *x.shape[1:])) for x in (q, k, v))
+
+
+_CONSTANTS = "Tensor cu_seqlens, Tensor? seqused, int max_seqlen, float scale, int window"
+
+define(
+    f"attention(Tensor q, Tensor k, Tensor v, {_CONSTANTS}) -> (Tensor, Tensor)",
+    _forward,
+    lambda q, k, v, *_: (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        q.new_empty(q.shape[:3], dtype=compute_dtype(q)),
+    ),
+)
+define(
+    f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_CONSTANTS}) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)

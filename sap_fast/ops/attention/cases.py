@@ -1,0 +1,92 @@
+"""What attention is tried on."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sap_fast.ops._cases import Case, OpCases, Products, normal
+from sap_fast.ops.attention import attention
+from sap_fast.ops.attention.reference import primal
+
+
+def _case(
+    name: str,
+    lengths: Sequence[int],
+    *,
+    heads: int = 2,
+    kv_heads: int = 1,
+    head_dim: int = 5,
+    used: Sequence[int] | None = None,
+    rows_after: int = 0,
+    longer: int = 0,
+    window: int | None = None,
+    scale: float | None = None,
+    bench: bool = False,
+) -> Case:
+    """Describe packed sequences of these lengths.
+
+    Args:
+        used: how many rows of each sequence are real; the rest is padding.
+        rows_after: rows after the last sequence, which belong to none.
+        longer: by how much ``max_seqlen`` exceeds the longest length.
+    """
+
+    def make(rng: torch.Generator) -> tuple[dict, dict]:
+        def integers(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=rng.device)
+
+        rows = sum(lengths) + rows_after
+        inputs = {
+            "q": normal(rng, 2, rows, heads, head_dim),
+            "k": normal(rng, 2, rows, kv_heads, head_dim),
+            "v": normal(rng, 2, rows, kv_heads, head_dim),
+        }
+        constants = {
+            "cu_seqlens": integers(list(itertools.accumulate(lengths, initial=0))),
+            "seqused": None if used is None else integers(used),
+            "max_seqlen": max(lengths, default=0) + longer,
+            "scale": head_dim**-0.5 if scale is None else scale,
+            "window": window,
+        }
+        return inputs, constants
+
+    seen = sum(min(t + 1, window or t + 1) for length in lengths for t in range(length))
+    return Case(name, make, bench, flops=2.0 * heads * head_dim * seen)
+
+
+def _primal(xs: dict[str, Tensor], c: dict) -> tuple[Tensor, ...]:
+    return primal(**xs, **{**c, "window": c["window"] or 0})[:1]
+
+
+CASES = OpCases(
+    name="attention",
+    outputs=("o",),
+    call=lambda pairs, c: [attention(*pairs["q"], *pairs["k"], *pairs["v"], **c)],
+    primal=_primal,
+    cases=[
+        _case("one-token", [1]),
+        _case("no-sequence", []),
+        _case("only-empty-sequences", [0, 0]),
+        _case("one-sequence", [7]),
+        _case("packed", [3, 1, 0, 5, 2]),
+        _case("more-than-a-tile", [67, 130], head_dim=16),
+        _case("grouped-heads", [4, 3], heads=6, kv_heads=2, head_dim=3),
+        _case("all-heads", [4, 3], heads=3, kv_heads=3),
+        _case("window", [9, 1, 4], window=3),
+        _case("window-of-one", [4, 2], window=1),
+        _case("window-wider-than-all", [4, 2], window=10),
+        _case("padded-right", [5, 5, 5], used=[3, 0, 5]),
+        _case("padded-right-window", [6, 6], used=[5, 2], window=2),
+        _case("rows-after-the-last", [4, 2], rows_after=3),
+        _case("max-seqlen-larger", [4, 2], longer=9),
+        _case("max-seqlen-larger-no-rows", [0], longer=9),
+        _case("peaked", [7], scale=8.0),
+        _case("smollm2-135m", [512, 300, 212], heads=9, kv_heads=3, head_dim=64, bench=True),
+        _case("llama-2-7b", [512, 300, 212], heads=32, kv_heads=32, head_dim=128, bench=True),
+    ],
+    # Forward QK', PV and, of a pair, also Q_dot K', Q K_dot', P V_dot, P_dot V. Backward dP, dV, dQ
+    # and dK; of a pair each of these once for its tangent and twice, by the product rule, for its primal.
+    products=Products(forward=2, backward=4, pair_forward=6, pair_backward=12),
+)

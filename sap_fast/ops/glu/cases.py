@@ -1,0 +1,46 @@
+"""What glu is tried on."""
+
+import torch
+
+from sap_fast.ops._cases import Case, OpCases, normal
+from sap_fast.ops.glu import glu
+from sap_fast.ops.glu.reference import primal
+
+
+def _case(
+    rows: int,
+    d: int,
+    name: str = "",
+    *,
+    activation: str = "silu",
+    scale: float = 1.0,
+    bench: bool = False,
+) -> Case:
+    def make(rng: torch.Generator) -> tuple[dict, dict]:
+        gate = scale * normal(rng, 2, rows, d)
+        return {"gate": gate, "up": normal(rng, 2, rows, d)}, {"activation": activation}
+
+    return Case(name or f"{rows}x{d}", make, bench)
+
+
+CASES = OpCases(
+    name="glu",
+    outputs=("y",),
+    call=lambda pairs, c: [glu(*pairs["gate"], *pairs["up"], **c)],
+    primal=lambda xs, c: primal(xs["gate"], xs["up"], **c),
+    cases=[
+        _case(1, 1),
+        _case(0, 8),
+        _case(1, 33),
+        _case(13, 64),
+        _case(5, 7, "silu"),
+        _case(5, 7, "gelu", activation="gelu"),
+        _case(5, 7, "gelu_tanh", activation="gelu_tanh"),
+        # Far out on both tails, where exp(-gate) would overflow.
+        _case(5, 7, "silu-saturated", scale=200.0),
+        _case(5, 7, "gelu-saturated", activation="gelu", scale=200.0),
+        _case(5, 7, "gelu_tanh-saturated", activation="gelu_tanh", scale=200.0),
+        _case(1024, 1536, "smollm2-135m", bench=True),
+        _case(1024, 11008, "llama-2-7b", bench=True),
+    ],
+)

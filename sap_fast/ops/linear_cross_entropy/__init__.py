@@ -1,0 +1,111 @@
+"""Output head and cross-entropy of a pair, over labelled rows only; the logits never exist as a whole."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sap_fast.dual import halves, pullback, pushforward, stacked
+from sap_fast.ops._library import (
+    Mode,
+    check_device,
+    check_pair,
+    check_shape,
+    compute_dtype,
+    define,
+    split_cotangent,
+    stacked_cotangent,
+)
+from sap_fast.ops.linear_cross_entropy.reference import primal
+
+__all__ = ["linear_cross_entropy"]
+
+# Rows whose logits exist at once: 2 x 512 rows of a 128k vocabulary are half a gigabyte in float32.
+_CHUNK_ROWS = 512
+
+
+def linear_cross_entropy(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Negative log-likelihood of each row's target under ``softmax(W x)``, and its tangent.
+
+    ``nll = lse(z) - z[target]``, ``nll_dot = sum softmax(z) z_dot - z_dot[target]``. Sum and weight the rows
+    outside: a task loss is their mean, a pair's log-probability the negative sum over its sequence.
+
+    Args:
+        x, x_dot: ``[rows, d]``, the labelled rows only; float32, bfloat16 or float64; ``x_dot=None`` is an
+            ordinary pass.
+        weight: ``[vocab, d]``, frozen.
+        targets: ``[rows]`` int64 in [0, vocab).
+
+    Returns:
+        ``(nll, nll_dot)``, ``[rows]`` in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+    """
+    check_pair("x", x, x_dot, 2)
+    check_shape("weight", weight, (weight.shape[0], x.shape[1]))
+    check_device("weight", weight, "x", x)
+    check_shape("targets", targets, (x.shape[0],))
+    check_device("targets", targets, "x", x)
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64, but are {targets.dtype}")
+    return _LinearCrossEntropy.apply(x, x_dot, weight, targets)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.mode = Mode.of(x_dot, ctx.needs_input_grad[0])
+        x_stack = stacked(x, x_dot)
+        nll, lse = torch.ops.sap_fast.linear_cross_entropy(x_stack, weight, targets)
+        ctx.save_for_backward(x_stack, lse, weight, targets)
+        nll, nll_dot = halves(nll)
+        if ctx.mode is Mode.HALF:
+            ctx.mark_non_differentiable(nll)
+        return nll, nll_dot
+
+    @staticmethod
+    def backward(ctx: Any, dnll: Tensor | None, dnll_dot: Tensor | None) -> tuple:
+        x, lse, weight, targets = ctx.saved_tensors
+        dnll = stacked_cotangent(ctx.mode, dnll, dnll_dot, lse[0])
+        dx = torch.ops.sap_fast.linear_cross_entropy_backward(dnll, x, lse, weight, targets)
+        return *split_cotangent(ctx.mode, dx), None, None
+
+
+def _forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    chunks = [
+        pushforward(lambda x: primal(x, weight, t), x)  # noqa: B023
+        for x, t in zip(x.split(_CHUNK_ROWS, 1), targets.split(_CHUNK_ROWS), strict=True)
+    ]
+    return tuple(torch.cat(parts, 1) for parts in zip(*chunks, strict=True))
+
+
+def _backward(dnll: Tensor, x: Tensor, lse: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    # lse (and its tangent) is what a kernel reads; the reference derives it again.
+    chunks = [
+        pullback(lambda x: primal(x, weight, t)[:1], (x,), (d,))[0]  # noqa: B023
+        for d, x, t in zip(
+            dnll.split(_CHUNK_ROWS, 1), x.split(_CHUNK_ROWS, 1), targets.split(_CHUNK_ROWS), strict=True
+        )
+    ]
+    return torch.cat(chunks, 1)
+
+
+define(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets) -> (Tensor, Tensor)",
+    _forward,
+    lambda x, weight, targets: (
+        x.new_empty(x.shape[:2], dtype=compute_dtype(x)),
+        x.new_empty(x.shape[:2], dtype=compute_dtype(x)),
+    ),
+)
+define(
+    "linear_cross_entropy_backward(Tensor dnll, Tensor x, Tensor lse, Tensor weight, Tensor targets) -> Tensor",
+    _backward,
+    lambda dnll, x, lse, weight, targets: x.new_empty((dnll.shape[0], *x.shape[1:])),
+)

@@ -1,0 +1,43 @@
+"""What linear_cross_entropy is tried on."""
+
+import torch
+
+from sap_fast.ops._cases import Case, OpCases, normal
+from sap_fast.ops.linear_cross_entropy import linear_cross_entropy
+from sap_fast.ops.linear_cross_entropy.reference import primal
+
+
+def _case(
+    rows: int, vocab: int, d: int, name: str = "", *, peak: float = 0.0, bench: bool = False
+) -> Case:
+    """Describe ``rows`` predictions; ``peak`` turns each row toward its target."""
+
+    def make(rng: torch.Generator) -> tuple[dict, dict]:
+        weight = normal(rng, vocab, d)
+        targets = torch.randint(vocab, (rows,), generator=rng, device=rng.device)
+        x = normal(rng, 2, rows, d) * d**-0.5
+        x[0] += peak * weight[targets]
+        return {"x": x}, {"weight": weight, "targets": targets}
+
+    return Case(name or f"{rows}x{vocab}x{d}", make, bench, flops=2.0 * rows * vocab * d)
+
+
+CASES = OpCases(
+    name="linear_cross_entropy",
+    outputs=("nll",),
+    call=lambda pairs, c: [linear_cross_entropy(*pairs["x"], **c)],
+    primal=lambda xs, c: primal(xs["x"], **c)[:1],
+    cases=[
+        _case(1, 1, 1),
+        _case(0, 11, 8),
+        _case(1, 33, 5),
+        _case(5, 11, 7),
+        _case(13, 129, 16),
+        # Probabilities near one, as of a trained model, whose differences cancel.
+        _case(5, 11, 7, "peaked", peak=1.0),
+        # Two chunks of 512 rows and a part of one.
+        _case(1030, 11, 3, "chunks"),
+        _case(1024, 49152, 576, "smollm2-135m", bench=True),
+        _case(1024, 32000, 4096, "llama-2-7b", bench=True),
+    ],
+)

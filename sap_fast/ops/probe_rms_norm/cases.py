@@ -1,0 +1,63 @@
+"""What probe_rms_norm is tried on."""
+
+import torch
+from torch import Tensor
+
+from sap_fast.ops._cases import Case, OpCases, Pair, normal
+from sap_fast.ops.probe_rms_norm import probe_rms_norm
+from sap_fast.ops.probe_rms_norm.reference import primal
+
+
+def _case(
+    rows: int,
+    d: int,
+    name: str = "",
+    *,
+    probe: bool = True,
+    eps: float = 1e-5,
+    offset: float = 0.0,
+    bench: bool = False,
+) -> Case:
+    def make(rng: torch.Generator) -> tuple[dict, dict]:
+        inputs = {"residual": normal(rng, 2, rows, d), "update": normal(rng, 2, rows, d)}
+        if probe:
+            # The probe does not move with the weights: its tangent is zero.
+            v = normal(rng, d)
+            inputs["probe"] = torch.stack((v, torch.zeros_like(v)))
+        return inputs, {"weight": normal(rng, d), "eps": eps, "offset": offset}
+
+    return Case(name or f"{rows}x{d}", make, bench)
+
+
+def _call(pairs: dict[str, Pair], c: dict) -> list[Pair]:
+    v, v_dot = pairs.get("probe", (None, None))
+    # A stack made of two leaves, so that autograd hands each half its own cotangent.
+    probe = v if v is None else v[None] if v_dot is None else torch.stack((v, v_dot))
+    h, h_dot, y, y_dot, _ = probe_rms_norm(*pairs["residual"], *pairs["update"], probe, **c)
+    return [(h, h_dot), (y, y_dot)]
+
+
+def _primal(xs: dict[str, Tensor], c: dict) -> tuple[Tensor, ...]:
+    probe = xs["probe"] if "probe" in xs else torch.zeros_like(c["weight"])
+    return primal(xs["residual"], xs["update"], probe, **c)[:2]
+
+
+CASES = OpCases(
+    name="probe_rms_norm",
+    outputs=("h", "y"),
+    call=_call,
+    primal=_primal,
+    cases=[
+        _case(1, 1),
+        _case(0, 8),
+        _case(1, 33),
+        _case(5, 7),
+        _case(13, 64),
+        _case(5, 7, "offset", offset=1.0),
+        _case(5, 7, "no-probe", probe=False),
+        _case(0, 8, "no-probe-no-rows", probe=False),
+        _case(1024, 576, "smollm2-135m", bench=True),
+        _case(1024, 4096, "llama-2-7b", bench=True),
+    ],
+    wide=("probe",),
+)

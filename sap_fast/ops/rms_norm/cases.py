@@ -1,0 +1,45 @@
+"""What rms_norm is tried on."""
+
+import torch
+
+from sap_fast.ops._cases import Case, OpCases, normal
+from sap_fast.ops.rms_norm import rms_norm
+from sap_fast.ops.rms_norm.reference import primal
+
+
+def _case(
+    rows: int,
+    d: int,
+    name: str = "",
+    *,
+    eps: float = 1e-5,
+    offset: float = 0.0,
+    scale: float = 1.0,
+    bench: bool = False,
+) -> Case:
+    def make(rng: torch.Generator) -> tuple[dict, dict]:
+        x = scale * normal(rng, 2, rows, d)
+        return {"x": x}, {"weight": normal(rng, d), "eps": eps, "offset": offset}
+
+    return Case(name or f"{rows}x{d}", make, bench)
+
+
+CASES = OpCases(
+    name="rms_norm",
+    outputs=("y",),
+    call=lambda pairs, c: [rms_norm(*pairs["x"], **c)],
+    primal=lambda xs, c: primal(xs["x"], **c)[:1],
+    cases=[
+        _case(1, 1),
+        _case(0, 8),
+        _case(1, 33),
+        _case(5, 7),
+        _case(13, 64),
+        _case(5, 7, "offset", offset=1.0),
+        # A mean square below eps, and first tokens that carry a massive activation.
+        _case(5, 7, "tiny", scale=1e-3),
+        _case(5, 7, "huge", scale=1e3),
+        _case(1024, 576, "smollm2-135m", bench=True),
+        _case(1024, 4096, "llama-2-7b", bench=True),
+    ],
+)

@@ -1,0 +1,369 @@
+"""One training step, from top to bottom: pairs, harmful direction, task passes, probe, guard, gradients.
+
+``SAP`` is the handle that ``sap_fast.attach`` returns. A step computes everything first, looks at the numbers,
+and only then writes ``.grad`` and takes the new probe, so that a refused or interrupted step changes nothing.
+It never writes a weight.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sap_fast import passes
+from sap_fast.batch import pack, pack_pairs
+from sap_fast.config import SAPConfig
+from sap_fast.convert import check_state, read_decoder
+from sap_fast.direction import Direction, dot, harmful_direction, norm_of
+from sap_fast.errors import StepRefusedError, UnsupportedModelError
+from sap_fast.passes import Gradients, Micro
+from sap_fast.probe import Probe
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step measured. Numbers are 0-dim tensors on the model's device; ``to_dict`` copies them at once.
+
+    Attributes:
+        loss: mean negative log-likelihood over the scored tokens, at the probe in use (nats per token).
+        loss_dot: its slope along the unit harmful direction, ``<grad_theta L, u>``. Negative: training drifts
+            toward harm.
+        safety_loss, safety_margin: of the pairs; the margin is the mean of log p(chosen) - log p(rejected),
+            per token or summed as configured (nats).
+        saturated: share of pairs too well separated to have weight in the direction (``"logsigmoid"``).
+        direction_norm: norm of the safety loss's gradient before it was normalised.
+        direction_cosine: cosine of the direction with the last step's (0 in the first step).
+        steering: ``V . grad_V L_dot``, what the probe in use adds to ``loss_dot``, to first order. Positive
+            pushes away from harm.
+        probe_cosine: cosine of the probe in use with this step's ``grad_V L_dot``.
+        probe_norm: norm of the probe in use, by layer.
+        tokens, scored_tokens, safety_tokens: real tokens of the batch, those scored, those of the pairs.
+
+    What a step has no use for is 0: without pairs, everything but the loss.
+    """
+
+    loss: Tensor
+    loss_dot: Tensor
+    safety_loss: Tensor
+    safety_margin: Tensor
+    saturated: Tensor
+    direction_norm: Tensor
+    direction_cosine: Tensor
+    steering: Tensor
+    probe_cosine: Tensor
+    probe_norm: Mapping[int, Tensor]
+    tokens: int
+    scored_tokens: int
+    safety_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, read from the device in one copy; ``probe_norm`` is a dict by layer."""
+        scalars = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        stack = torch.stack([x.double() for x in (*scalars.values(), *self.probe_norm.values())]).tolist()
+        numbers: dict[str, Any] = dict(zip(scalars, stack, strict=False))
+        numbers["probe_norm"] = dict(zip(self.probe_norm, stack[len(scalars) :], strict=True))
+        counts = {"tokens", "scored_tokens", "safety_tokens"}
+        return numbers | {name: x for name, x in vars(self).items() if name in counts}
+
+
+@dataclass
+class _Outcome:
+    """A step's results, before any of them is written."""
+
+    gradients: Gradients
+    direction: Direction | None
+    probe: Probe  # to be used in the next step
+    report: StepReport
+    theta: dict[str, Tensor] = field(default_factory=dict)  # what goes to .grad
+
+
+class SAP:
+    """Safety-Aware Probing on one model. Made by :func:`attach`; a context manager that detaches at its end."""
+
+    def __init__(self, model: nn.Module, config: SAPConfig) -> None:
+        self.config = config
+        self._model: nn.Module | None = model
+        self._decoder = read_decoder(model)
+        self._layers = config.layers_of(len(self._decoder.layers)) if config.uses_probe else ()
+        self._probe = Probe.zeros(
+            self._layers,
+            self._decoder.hidden_size,
+            self._decoder.device,
+            torch.promote_types(self._decoder.embedding.weight.dtype, torch.float32),
+        )
+        self._direction: Mapping[str, Tensor] | None = None
+        self._refusal: Tensor | None = None
+        _mark(model)
+
+    @property
+    def probe(self) -> Mapping[int, Tensor]:
+        """The probe that a lagged step would use next, by layer ``[d]``: copies."""
+        return {layer: v.clone() for layer, v in self._probe.vectors.items()}
+
+    @property
+    def probe_layers(self) -> tuple[int, ...]:
+        """The probed layers, counted from 0; empty for a guard without a probe."""
+        return self._layers
+
+    def step(self, batch: Batch | Sequence[Batch], pairs: Batch | None = None) -> StepReport:
+        """Compute one step's gradient and add it to ``.grad`` of the trained weights, as ``backward()`` does.
+
+        Args:
+            batch: a dict of ``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]`` (``labels`` unshifted,
+                -100 = not scored), or a sequence of such micro-batches: the loss is the mean over all their
+                scored tokens, with one direction and one probe update.
+            pairs: the same keys with ``[2P, T]``, all chosen rows first, then all rejected; labels on answer
+                tokens only. None is plain fine-tuning: no direction, no probe.
+
+        Returns:
+            What was measured.
+
+        Raises:
+            BatchError: a malformed batch, before any work is done.
+            StepRefusedError: numbers that are not finite, or no direction; nothing was written. With
+                ``check="deferred"`` it is raised by the next step.
+            UnsupportedModelError: the model was changed since ``attach``.
+            RuntimeError: after ``detach``; inside an autocast region.
+        """
+        decoder = self._ready()
+        batches = [batch] if isinstance(batch, Mapping) else list(batch)
+        sizes = {"vocab_size": decoder.vocab_size, "device": decoder.device}
+        names = ["batch"] if isinstance(batch, Mapping) else [f"batch[{i}]" for i in range(len(batches))]
+        if not batches:
+            raise ValueError("batch is an empty sequence; give at least one micro-batch")
+        rows = [pack(b, **sizes, name=name) for b, name in zip(batches, names, strict=True)]
+        pair_rows = None if pairs is None else pack_pairs(pairs, **sizes)
+        micros = [Micro(r, self._draw_seed()) for r in rows]
+
+        with decoder.installed(), torch.enable_grad():
+            direction = None
+            if pair_rows is not None:
+                acting = self._probe.singles() if self.config.probe_in_safety_pass else {}
+                direction = harmful_direction(decoder, pair_rows, acting, self.config)
+            outcome = self._compute(micros, direction)
+        self._check(outcome)
+        self._commit(outcome)
+        return outcome.report
+
+    def detach(self) -> None:
+        """Let go of the model. It is then exactly what it was before ``attach``, its ``.grad`` aside."""
+        if self._model is not None:
+            _unmark(self._model)
+            self._model = None
+
+    def __enter__(self) -> "SAP":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _ready(self) -> Any:
+        if self._model is None:
+            raise RuntimeError("step after detach: attach to the model again")
+        if self._refusal is not None:
+            refusal, self._refusal = self._refusal, None
+            _raise_if_refused(refusal.tolist(), self.config)
+        device = self._decoder.device.type
+        if torch.is_autocast_enabled(device):
+            raise RuntimeError(
+                "step runs in the dtype of the model's weights: leave the autocast region, and for bfloat16 "
+                "load the model with dtype=torch.bfloat16 (LoRA weights may stay float32)"
+            )
+        check_state(self._decoder)
+        return self._decoder
+
+    def _draw_seed(self) -> Tensor | None:
+        decoder = self._decoder
+        if not decoder.drops_out():
+            return None
+        return torch.randint(2**31, (), device=decoder.device)
+
+    def _compute(self, micros: list[Micro], direction: Direction | None) -> _Outcome:
+        """Run the passes that the configuration asks for, then the guard."""
+        config, decoder, probe = self.config, self._decoder, self._probe
+        if direction is None:
+            gradients = passes.ordinary(decoder, micros)
+            used, found = probe.at_zero(), probe
+        elif not config.uses_probe:
+            gradients = passes.ordinary(decoder, micros)
+            gradients = replace(gradients, loss_dot=dot(gradients.theta, direction.u))
+            used, found = probe, probe
+        elif config.schedule == "lagged":
+            # One pass is inner and outer at once: the gradient at the last step's probe, and the next probe.
+            used = probe
+            gradients = self._inner_and_outer(micros, used, direction)
+            found = self._climb(gradients)
+        else:
+            gradients, found = self._fresh(micros, direction)
+            used = found
+
+        theta = self._guarded(gradients.theta, direction)
+        return _Outcome(gradients, direction, found, self._report(gradients, direction, used, micros), theta)
+
+    def _inner_and_outer(self, micros: list[Micro], probe: Probe, direction: Direction) -> Gradients:
+        if self.config.gradient == "finite_difference":
+            return passes.finite_difference(self._decoder, micros, probe, direction.u, self._alpha())
+        return passes.dual(self._decoder, micros, probe, direction.u)
+
+    def _fresh(self, micros: list[Micro], direction: Direction) -> tuple[Gradients, Probe]:
+        """Find the probe from zero, then take the gradient in its presence."""
+        config, decoder, zero = self.config, self._decoder, self._probe.at_zero()
+        if config.gradient == "finite_difference":
+            inner = passes.finite_difference(decoder, micros, zero, direction.u, self._alpha())
+            found = self._climb(inner)
+            outer = passes.ordinary(decoder, micros, found)
+        else:
+            keep = config.restart == "store" or (config.restart == "auto" and len(micros) == 1)
+            inner, cuts = passes.inner(decoder, micros, zero, direction.u, keep=keep)
+            found = self._climb(inner)
+            outer = passes.restarted(decoder, cuts, found) if keep else passes.ordinary(decoder, micros, found)
+        slope = dot(outer.theta, direction.u)
+        return replace(inner, loss=outer.loss, theta=outer.theta, loss_dot=slope), found
+
+    def _climb(self, gradients: Gradients) -> Probe:
+        return self._probe.climbed(gradients.probe_dot, gradients.rms, self._alpha(), self.config)
+
+    def _alpha(self) -> Tensor:
+        """Length of the published perturbation: ``radius * |theta|`` over all trained weights."""
+        return self.config.radius * norm_of({n: p.detach() for n, p in self._decoder.trained.items()})
+
+    def _guarded(self, theta: dict[str, Tensor], direction: Direction | None) -> dict[str, Tensor]:
+        """Let the guards that act on the gradient act. A step along ``-g`` drifts toward harm by ``-<g, u>``."""
+        if direction is None:
+            return theta
+        u, guards = direction.u, self.config.guard.split("+")
+        if "project" in guards:
+            toward_harm = dot(theta, u).clamp_max(0)
+            theta = {name: g - toward_harm * u[name] for name, g in theta.items()}
+        if "counter" in guards:
+            push = self.config.counter * norm_of(theta)
+            theta = {name: g + push * u[name] for name, g in theta.items()}
+        return theta
+
+    def _report(
+        self, gradients: Gradients, direction: Direction | None, used: Probe, micros: list[Micro]
+    ) -> StepReport:
+        zero = torch.zeros_like(gradients.loss)
+        steering = probe_cosine = zero
+        if gradients.probe_dot:
+            steering = dot(used.vectors, gradients.probe_dot)
+            probe_cosine = _cosine(steering, norm_of(used.vectors), norm_of(gradients.probe_dot))
+        cosine = zero
+        if direction is not None and self._direction is not None:
+            cosine = dot(direction.u, self._direction)
+        return StepReport(
+            loss=gradients.loss,
+            loss_dot=gradients.loss_dot,
+            safety_loss=direction.loss if direction else zero,
+            safety_margin=direction.margin if direction else zero,
+            saturated=direction.saturated if direction else zero,
+            direction_norm=direction.norm if direction else zero,
+            direction_cosine=cosine,
+            steering=steering,
+            probe_cosine=probe_cosine,
+            probe_norm={layer: v.norm() for layer, v in used.vectors.items()},
+            tokens=sum(m.rows.tokens for m in micros),
+            scored_tokens=sum(m.rows.scored for m in micros),
+            safety_tokens=direction.tokens if direction else 0,
+        )
+
+    def _check(self, outcome: _Outcome) -> None:
+        """Refuse unusable numbers: at once, or, deferred, at the next step (the flag stays on the device)."""
+        one = torch.ones_like(outcome.report.loss)
+        numbers = [outcome.report.loss, norm_of(outcome.theta)]
+        numbers.append(norm_of(outcome.probe.vectors) if outcome.probe.vectors else one)
+        direction = outcome.direction
+        numbers += [direction.norm, direction.margin, direction.saturated] if direction else [one, one, 0 * one]
+        seen = torch.stack([x.double() for x in numbers])
+        if self.config.check == "deferred":
+            self._refusal = seen
+        else:
+            _raise_if_refused(seen.tolist(), self.config)
+
+    def _commit(self, outcome: _Outcome) -> None:
+        """Write ``.grad`` and take the new probe: all of it, or none if interrupted."""
+        trained = self._decoder.trained
+        before = {name: p.grad for name, p in trained.items()}
+        kept = self._probe, self._direction
+        after = {
+            name: (g if before[name] is None else before[name] + g).to(trained[name].dtype)
+            for name, g in outcome.theta.items()
+        }
+        try:
+            for name, parameter in trained.items():
+                parameter.grad = after[name]
+            self._probe = outcome.probe
+            if outcome.direction is not None:
+                self._direction = outcome.direction.u
+        except BaseException:
+            for name, parameter in trained.items():
+                parameter.grad = before[name]
+            self._probe, self._direction = kept
+            raise
+
+
+def attach(model: nn.Module, config: SAPConfig | None = None) -> SAP:
+    """Prepare Safety-Aware Probing on a model with LoRA adapters.
+
+    Args:
+        model: a transformers causal language model (Llama, Mistral, Qwen2) with LoRA adapters, as
+            ``peft.get_peft_model`` makes it.
+        config: the method's settings; defaults if None.
+
+    Returns:
+        A handle with ``step``, ``detach`` and ``probe``.
+
+    Raises:
+        UnsupportedModelError: something in the model has no pair rule; the message names it. Nothing changed.
+        ValueError: probe layers that the model does not have.
+        RuntimeError: the model is attached already.
+    """
+    if getattr(model, _MARK, None) == id(model):
+        raise RuntimeError("this model is attached already: use that handle, or detach it first")
+    return SAP(model, config or SAPConfig())
+
+
+# Holds the model's id, so that a deep copy of an attached model does not count as attached.
+_MARK = "_sap_fast_attached"
+
+
+def _mark(model: nn.Module) -> None:
+    setattr(model, _MARK, id(model))
+
+
+def _unmark(model: nn.Module) -> None:
+    model.__dict__.pop(_MARK, None)
+
+
+def _cosine(product: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(a * b > 0, product / (a * b), torch.zeros_like(product))
+
+
+def _raise_if_refused(seen: list[float], config: SAPConfig) -> None:
+    loss, gradient, probe, direction, margin, saturated = seen
+    finite = torch.isfinite(torch.tensor(seen)).tolist()
+    if not finite[3] or not finite[4]:
+        raise StepRefusedError(
+            f"the harmful direction is not finite (norm {direction}, safety margin {margin}): look at the pairs and "
+            "at the weights; a smaller learning rate or strength avoids overflow. Nothing was written"
+        )
+    if direction == 0:
+        raise StepRefusedError(
+            f"the harmful direction is zero: {saturated:.0%} of the pairs are saturated at a mean margin of "
+            f"{margin:.4g} nats. safety_loss='difference' does not saturate; per_token=True or a larger "
+            "temperature also help. Nothing was written"
+        )
+    if not finite[0]:
+        raise StepRefusedError(f"the loss is {loss}; the step was refused and nothing was written")
+    if not finite[1] or not finite[2]:
+        raise StepRefusedError(
+            f"the gradient (norm {gradient}) or the probe (norm {probe}) is not finite although the loss is {loss:.4g}; "
+            "the step was refused and nothing was written"
+        )

@@ -10,7 +10,8 @@ Start reading at ``sap_fast/dual.py``.
 
 from sap_fast.config import SAPConfig
 from sap_fast.errors import BatchError, StepRefusedError, UnsupportedModelError
-from sap_fast.step import SAP, StepReport, attach
+from sap_fast.report import StepReport
+from sap_fast.step import SAP, attach
 
 __version__ = "0.1.0"
 

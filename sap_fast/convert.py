@@ -49,16 +49,19 @@ def read_decoder(model: nn.Module) -> Decoder:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     _check_config(config)
     _check_modules(base, trunk)
-    reader = _ProjectionReader(names, model)
+    reader = _ProjectionReader(names)
     layers = tuple(
         _read_layer(f"layers.{i}", module, family, config, reader)
         for i, module in enumerate(trunk.layers[: config.num_hidden_layers])
     )
-    head = base.get_output_embeddings()
+    head = base.lm_head
     _check_frozen_part("the output head", head, nn.Linear)
     _check_frozen_part("the embeddings", trunk.embed_tokens, nn.Embedding)
     if head.bias is not None:
         raise UnsupportedModelError("the output head has a bias, for which there is no rule")
+    active = sorted({p.adapter for layer in layers for p in layer.projections if p.lora is not None})
+    if len(active) > 1:
+        raise UnsupportedModelError(f"several active adapters {active}; set one (model.set_adapter)")
     adapters = reader.adapters
     trained = {name: p for name, p in adapters.items() if p.requires_grad}
     for name, parameter in model.named_parameters():
@@ -241,14 +244,10 @@ def _adapter_of(lora: Any, name: str) -> str | None:
 class _ProjectionReader:
     """Reads linear modules and gathers their LoRA tensors by parameter name."""
 
-    def __init__(self, names: dict[int, str], model: nn.Module) -> None:
+    def __init__(self, names: dict[int, str]) -> None:
         self._names = names
         self._salts = itertools.count(1)
         self.adapters: dict[str, nn.Parameter] = {}
-        active = getattr(model, "active_adapters", None)
-        active = active() if callable(active) and not isinstance(model, nn.ModuleDict) else active
-        if isinstance(active, list) and len(active) > 1:
-            raise UnsupportedModelError(f"several active adapters {active}; set one (model.set_adapter)")
 
     def read(self, name: str, module: nn.Module) -> Projection:
         from peft.tuners.lora.layer import Linear as LoraLinear

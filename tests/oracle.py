@@ -74,16 +74,14 @@ def tiny_model(
     return model.eval()
 
 
-def random_batch(sequences: int = 3, length: int = 9, *, left: bool = False) -> dict[str, Tensor]:
-    """Random tokens, ragged, padded right (or left), the first third of each sequence not scored."""
+def random_batch(sequences: int = 3, length: int = 9, *, ragged: bool = True) -> dict[str, Tensor]:
+    """Random tokens, ragged and padded right, the first third of each sequence not scored."""
     ids = torch.randint(3, VOCAB, (sequences, length))
     mask, labels = torch.ones_like(ids), ids.clone()
     for b in range(sequences):
-        real = length - (2 * b) % (length - 3)
-        first = length - real if left else 0
-        pad = slice(0, first) if left else slice(real, length)
-        ids[b, pad], mask[b, pad], labels[b, pad] = 0, 0, -100
-        labels[b, first : first + max(1, real // 3)] = -100
+        real = length - (2 * b) % (length - 3) * ragged
+        ids[b, real:], mask[b, real:], labels[b, real:] = 0, 0, -100
+        labels[b, : max(1, real // 3)] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

@@ -30,9 +30,9 @@ class Case:
 
     Attributes:
         name: tells it from the op's other cases; readable.
-        make: draws ``(inputs, constants)`` from a generator, on its device. Inputs, by name, are float64
-            stacks ``[2, ...]`` of what is differentiated; constants are everything else: frozen
-            tensors in float64, index tensors, numbers.
+        make: draws ``(inputs, constants)`` by name from a generator, on its device. Inputs are
+            float64 stacks ``[2, ...]`` of what is differentiated; constants are everything else:
+            frozen tensors in float64, index tensors, numbers.
         bench: a size of a real model, for the benchmarks; the tests take all other cases.
         flops: of one of the matrix products that :class:`Products` counts; 0 if there are none.
     """
@@ -63,7 +63,7 @@ class OpCases:
 
     Attributes:
         name: of the op and of its folder.
-        outputs: names of the outputs that carry gradient, as in the op's documentation.
+        outputs: names of the outputs that carry gradient; a case may have only the first of them.
         call: runs the public function on pairs by name (``(x, None)`` in an ordinary pass) and
             returns the output pairs.
         primal: the plain function of the inputs by name: one half in, one half of each output out.
@@ -71,6 +71,8 @@ class OpCases:
         wide: names of inputs that stay float32 where the others are bfloat16.
         tangent_only: names of inputs that are constants of a pair although their tangents are not:
             there the op has no cotangent for their primal half.
+        whole: names of inputs that the op takes as one stack: their halves require grad together or
+            not at all, and in half mode not at all.
         products: for the benchmarks' count of floating-point operations.
     """
 
@@ -81,6 +83,7 @@ class OpCases:
     cases: Sequence[Case]
     wide: Collection[str] = ()
     tangent_only: Collection[str] = ()
+    whole: Collection[str] = ()
     products: Products = Products()
 
 
@@ -139,17 +142,17 @@ def every_op() -> list[OpCases]:
 def pose(
     op: OpCases, case: Case, rng: torch.Generator, dtype: torch.dtype = torch.float64
 ) -> Problem:
-    """Draw a case's inputs, rounded to ``dtype``, and cotangents for both halves of every output."""
+    """Draw a case's inputs, rounded to ``dtype``, and cotangents of both halves of every output."""
 
     def rounded(name: str, x: Tensor) -> Tensor:
         return x.to(torch.promote_types(dtype, torch.float32) if name in op.wide else dtype)
 
     problem = Problem(*case.make(rng), {}).map(rounded)
     with torch.no_grad():
-        ys = op.call(_pairs(_split(problem.inputs, True)), problem.constants)
+        ys = op.call(paired(split(problem.inputs, True)), problem.constants)
     cotangents = {
         name: normal(rng, 2, *y.shape).to(y.dtype)
-        for name, (y, _) in zip(op.outputs, ys, strict=True)
+        for name, (y, _) in zip(op.outputs, ys, strict=False)
     }
     return Problem(problem.inputs, problem.constants, cotangents)
 
@@ -161,28 +164,34 @@ def differentiated(op: OpCases, problem: Problem) -> list[str]:
     for name in problem.inputs:
         if not (half_mode or (problem.is_pair and name in op.tangent_only)):
             names.append(name)
-        if problem.is_pair:
+        if problem.is_pair and not (half_mode and name in op.whole):
             names.append(f"{name}_dot")
     return names
 
 
-def run(op: OpCases, problem: Problem, wanted: Sequence[str] | None = None) -> dict[str, Tensor]:
+def run(
+    op: OpCases,
+    problem: Problem,
+    wanted: Sequence[str] | None = None,
+    used: Collection[str] | None = None,
+) -> dict[str, Tensor]:
     """Solve a problem by the public op and autograd.
 
     Args:
         wanted: the input halves that require grad; by default all of :func:`differentiated`.
+        used: the output halves that cotangents come from; by default all that have one.
     """
     wanted = differentiated(op, problem) if wanted is None else wanted
     leaves = {
         name: half.detach().requires_grad_(name in wanted)
-        for name, half in _split(problem.inputs, problem.is_pair).items()
+        for name, half in split(problem.inputs, problem.is_pair).items()
     }
-    pairs = op.call(_pairs(leaves), problem.constants)
+    pairs = op.call(paired(leaves), problem.constants)
     ys: dict[str, Tensor] = {}
-    for name, (y, y_dot) in zip(op.outputs, pairs, strict=True):
+    for name, (y, y_dot) in zip(op.outputs, pairs, strict=False):
         ys |= {name: y} if y_dot is None else {name: y, f"{name}_dot": y_dot}
-    dys = {k: dy for k, dy in _split(problem.cotangents, problem.is_pair).items()}
-    through = [name for name in dys if ys[name].requires_grad]
+    dys = split(problem.cotangents, problem.is_pair)
+    through = [name for name in used or dys if ys[name].requires_grad]
     dxs = torch.autograd.grad(
         [ys[name] for name in through],
         [leaves[name] for name in wanted],
@@ -200,16 +209,16 @@ def derive(op: OpCases, problem: Problem) -> dict[str, Tensor]:
         return op.primal(dict(zip(problem.inputs, xs, strict=True)), problem.constants)
 
     xs = tuple(problem.inputs.values())
-    ys = dict(zip(op.outputs, pushforward(primal, *xs), strict=True))
+    ys = dict(zip(op.outputs, pushforward(primal, *xs), strict=False))
     dys = tuple(problem.cotangents.values())
     dxs = dict(zip(problem.inputs, pullback(primal, xs, dys), strict=True))
-    gradients = {f"d{name}": dx for name, dx in _split(dxs, problem.is_pair).items()}
+    gradients = {f"d{name}": dx for name, dx in split(dxs, problem.is_pair).items()}
     wanted = {f"d{name}" for name in differentiated(op, problem)}
-    return _split(ys, problem.is_pair) | {k: dx for k, dx in gradients.items() if k in wanted}
+    return split(ys, problem.is_pair) | {k: dx for k, dx in gradients.items() if k in wanted}
 
 
-def _split(stacks: Mapping[str, Tensor], is_pair: bool) -> dict[str, Tensor]:
-    """Name the halves of stacks: ``{x, x_dot}``, or ``{x_dot}`` alone for a cotangent in half mode."""
+def split(stacks: Mapping[str, Tensor], is_pair: bool) -> dict[str, Tensor]:
+    """Name the halves of stacks: ``{x, x_dot}``; of a cotangent in half mode ``{x_dot}`` alone."""
     result: dict[str, Tensor] = {}
     for name, stack in stacks.items():
         names = (name, f"{name}_dot") if is_pair else (name,)
@@ -217,7 +226,7 @@ def _split(stacks: Mapping[str, Tensor], is_pair: bool) -> dict[str, Tensor]:
     return result
 
 
-def _pairs(halves: Mapping[str, Tensor]) -> dict[str, Pair]:
-    """Undo :func:`_split`: ``{x: (x, x_dot)}``."""
+def paired(halves: Mapping[str, Tensor]) -> dict[str, Pair]:
+    """Undo :func:`split`: ``{x: (x, x_dot)}``."""
     names = [name for name in halves if not name.endswith("_dot")]
     return {name: (halves[name], halves.get(f"{name}_dot")) for name in names}

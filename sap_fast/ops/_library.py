@@ -116,6 +116,14 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {shape}, but has {tuple(x.shape)}")
 
 
+def check_dtype(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:
+    """Refuse tensors that must have one dtype and have two."""
+    if x.dtype != reference.dtype:
+        raise TypeError(
+            f"{name} and {reference_name} must have one dtype, but are {x.dtype} and {reference.dtype}"
+        )
+
+
 def check_device(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:
     """Refuse tensors on different devices."""
     if x.device != reference.device:

@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sap_fast.dual import halves, pullback, pushforward, stacked
 from sap_fast.ops._library import (
     Mode,
     check_device,
+    check_dtype,
     check_pair,
     check_shape,
     compute_dtype,
@@ -56,6 +58,7 @@ def attention(
     """
     for name, x, x_dot in (("q", q, q_dot), ("k", k, k_dot), ("v", v, v_dot)):
         check_pair(name, x, x_dot, 3)
+        check_dtype(name, x, "q", q)
         check_device(name, x, "q", q)
         check_shape(name, x, (q.shape[0], x.shape[1], q.shape[2]))
         if (x_dot is None) != (q_dot is None):
@@ -68,6 +71,8 @@ def attention(
     check_device("cu_seqlens", cu_seqlens, "q", q)
     if seqused is not None:
         check_shape("seqused", seqused, (cu_seqlens.shape[0] - 1,))
+        check_dtype("seqused", seqused, "cu_seqlens", cu_seqlens)
+        check_device("seqused", seqused, "q", q)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, or None for full attention, but is {window}")
     return _Attention.apply(q, q_dot, k, k_dot, v, v_dot, cu_seqlens, seqused, max_seqlen, scale, window or 0)
@@ -101,6 +106,7 @@ class _Attention(torch.autograd.Function):
         return o, o_dot
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor | None, do_dot: Tensor | None) -> tuple:
         q, k, v, o, lse, cu_seqlens, seqused = ctx.saved_tensors
         do = stacked_cotangent(ctx.mode, do, do_dot, q[0])

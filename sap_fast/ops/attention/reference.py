@@ -32,7 +32,7 @@ def primal(
     dtype, storage, (rows, heads, _), kv_heads = compute_dtype(q), q.dtype, q.shape, k.shape[1]
     start, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     length = length if seqused is None else torch.minimum(length, seqused.long())
-    t = torch.arange(max_seqlen, device=q.device)
+    t = torch.arange(max_seqlen if rows else 0, device=q.device)  # without rows there is no row 0
     real = t < length[:, None]  # [B, T]
     # Padded places read row 0; what they compute is finite and is never read back.
     row = torch.where(real, start[:, None] + t, 0)  # [B, T]

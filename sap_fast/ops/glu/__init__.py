@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sap_fast.dual import halves, pullback, pushforward, stacked
 from sap_fast.ops._library import (
     Mode,
     check_device,
+    check_dtype,
     check_pair,
     check_shape,
     define,
@@ -41,6 +43,7 @@ def glu(
     check_pair("gate", gate, gate_dot, 2)
     check_pair("up", up, up_dot, 2)
     check_shape("up", up, tuple(gate.shape))
+    check_dtype("up", up, "gate", gate)
     check_device("up", up, "gate", gate)
     if (gate_dot is None) != (up_dot is None):
         raise ValueError("gate and up must both have a tangent, or neither; pass zeros where it is zero")
@@ -68,6 +71,7 @@ class _GLU(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dy_dot: Tensor | None) -> tuple:
         gate, up = ctx.saved_tensors
         dy = stacked_cotangent(ctx.mode, dy, dy_dot, gate[0])

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sap_fast.dual import halves, pullback, pushforward, stacked
 from sap_fast.ops._library import (
@@ -70,6 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nll, nll_dot
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dnll: Tensor | None, dnll_dot: Tensor | None) -> tuple:
         x, lse, weight, targets = ctx.saved_tensors
         dnll = stacked_cotangent(ctx.mode, dnll, dnll_dot, lse[0])

@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sap_fast.dual import halves, pullback, pushforward, stacked
 from sap_fast.ops._library import (
     Mode,
     check_device,
+    check_dtype,
     check_pair,
     check_shape,
     compute_dtype,
@@ -82,17 +84,18 @@ def _check_target(x: Tensor, x_dot: Tensor | None, target: LoRATarget) -> None:
     weight, bias, a, b, a_dot, b_dot = target[:6]
     if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight must be [d_out, {x.shape[1]}], but has shape {tuple(weight.shape)}")
-    if weight.dtype != x.dtype:
-        raise TypeError(f"x and weight must have one dtype, but are {x.dtype} and {weight.dtype}")
+    check_dtype("weight", weight, "x", x)
     check_device("weight", weight, "x", x)
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))
+        check_device("bias", bias, "x", x)
     if (a is None) != (b is None):
         raise ValueError("an adapter needs both a and b")
     if a is not None and b is not None:
         check_shape("a", a, (a.shape[0], x.shape[1]))
         check_shape("b", b, (weight.shape[0], a.shape[0]))
         check_device("a", a, "x", x)
+        check_device("b", b, "x", x)
         if (x_dot is None) != (a_dot is None) or (x_dot is None) != (b_dot is None):
             raise ValueError("a_dot and b_dot belong to a pair: give both with x_dot, and neither without")
         if a_dot is not None and b_dot is not None:
@@ -124,6 +127,7 @@ class _LoRALinear(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple:
         x, seed, *flat = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
@@ -212,7 +216,7 @@ def _backward(
     for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
         if need_dx:
             dx += dy @ weight
-        da = db = dx.new_empty(0)
+        da, db = dx.new_empty(0), dx.new_empty(0)
         if (a_i := a[i]) is not None and (b_i := b[i]) is not None:
             adapters = _adapter_stacks(dy.shape[0], a_i, b_i, a_dot[i], b_dot[i], dtype)
             keep = _keep(x, seed, salt[i], dropout[i])

@@ -32,7 +32,7 @@ def _case(
     """
 
     def make(rng: torch.Generator) -> tuple[dict, dict]:
-        # The seed's high bits are set too: kernels must not read it as 32 bits.
+        # Wider than 32 bits, like the last salt: of their sum the low word counts.
         seed = torch.tensor(2**40 + 17, dtype=torch.int64, device=rng.device)
         inputs = {"x": normal(rng, 2, rows, d_in)}
         constants = {"scaling": scaling, "dropout": dropout, "seed": seed if dropout else None}
@@ -51,8 +51,7 @@ def _case(
 
 
 def _salt(i: int) -> int:
-    # Large ones too: modules may be told apart by a 32-bit hash of their name.
-    return (3, 4, 0xFFFFFFFF)[i]
+    return (3, 4, 2**62 + 0xABCDEF)[i]
 
 
 def _call(pairs: dict[str, Pair], c: dict) -> list[Pair]:
@@ -66,10 +65,10 @@ def _call(pairs: dict[str, Pair], c: dict) -> list[Pair]:
 
 
 def _primal(xs: dict[str, Tensor], c: dict) -> tuple[Tensor, ...]:
-    x, ys = xs["x"], []
+    x, p, ys = xs["x"], c["dropout"], []
     for i in range(_MOST_TARGETS):
         if f"a{i}" in xs:
-            keep = dropout_mask(c["seed"], _salt(i), *x.shape, c["dropout"]) if c["dropout"] else None
+            keep = dropout_mask(c["seed"], _salt(i), *x.shape, p).to(x.dtype) if p else None
             frozen = c[f"weight{i}"], c[f"bias{i}"]
             ys += primal(x, xs[f"a{i}"], xs[f"b{i}"], *frozen, c["scaling"], keep)
         elif f"weight{i}" in c:

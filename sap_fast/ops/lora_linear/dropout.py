@@ -29,7 +29,7 @@ def dropout_mask(seed: Tensor, salt: int, rows: int, width: int, p: float) -> Te
     Returns:
         ``[rows, width]`` float32 on the device of ``seed``.
     """
-    key = _mix((seed + salt * 0x9E3779B9) & _WORD)
+    key = _mix((seed + (salt * 0x9E3779B9 & _WORD)) & _WORD)
     row = _mix((torch.arange(rows, device=seed.device) + key) & _WORD)
     column = torch.arange(width, device=seed.device) * 0x9E3779B9 & _WORD
     word = _mix(row[:, None] ^ column)

@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sap_fast.dual import halves, pullback, pushforward, stacked
 from sap_fast.ops._library import (
     Mode,
     check_device,
+    check_dtype,
     check_pair,
     check_shape,
     compute_dtype,
@@ -59,6 +61,8 @@ def probe_rms_norm(
     check_pair("residual", residual, residual_dot, 2)
     check_pair("update", update, update_dot, 2)
     check_shape("update", update, tuple(residual.shape))
+    check_dtype("update", update, "residual", residual)
+    check_device("update", update, "residual", residual)
     if (residual_dot is None) != (update_dot is None):
         raise ValueError("residual and update must both have a tangent, or neither; pass zeros where it is zero")
     check_shape("weight", weight, (residual.shape[1],))
@@ -98,6 +102,7 @@ class _ProbeRMSNorm(torch.autograd.Function):
         return h, h_dot, y, y_dot, rms
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any,
         dh: Tensor | None,
@@ -136,7 +141,7 @@ def _forward(
     residual: Tensor, update: Tensor, probe: Tensor | None, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, ...]:
     if probe is None:
-        probe = torch.zeros_like(residual[:, 0], dtype=compute_dtype(residual))
+        probe = residual.new_zeros((len(residual), residual.shape[2]), dtype=compute_dtype(residual))
     return pushforward(lambda r, m, v: primal(r, m, v, weight, eps, offset), residual, update, probe)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sap_fast.dual import halves, pullback, pushforward, stacked
 from sap_fast.ops._library import (
@@ -60,6 +61,7 @@ class _RMSNorm(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dy_dot: Tensor | None) -> tuple:
         x, rstd, weight = ctx.saved_tensors
         dy = stacked_cotangent(ctx.mode, dy, dy_dot, x[0])

@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sap_fast.dual import halves, pullback, pushforward, stacked
 from sap_fast.ops._library import (
     Mode,
     check_device,
+    check_dtype,
     check_pair,
     check_shape,
     define,
@@ -39,6 +41,7 @@ def rotary(
     check_pair("q", q, q_dot, 3)
     check_pair("k", k, k_dot, 3)
     check_shape("k", k, (q.shape[0], k.shape[1], q.shape[2]))
+    check_dtype("k", k, "q", q)
     check_device("k", k, "q", q)
     if (q_dot is None) != (k_dot is None):
         raise ValueError("q and k must both have a tangent, or neither; pass zeros where it is zero")
@@ -47,6 +50,8 @@ def rotary(
         raise ValueError(f"cos must have an even width of at most head_dim = {q.shape[2]}, but has {rotary_dim}")
     check_shape("cos", cos, (q.shape[0], rotary_dim))
     check_shape("sin", sin, (q.shape[0], rotary_dim))
+    check_device("cos", cos, "q", q)
+    check_device("sin", sin, "q", q)
     return _Rotary.apply(q, q_dot, k, k_dot, cos, sin)
 
 
@@ -65,7 +70,7 @@ class _Rotary(torch.autograd.Function):
         ctx.mode = Mode.of(q_dot, ctx.needs_input_grad[0] or ctx.needs_input_grad[2])
         # The map is linear: its backward needs the angles and no activation. Of q and k it keeps the shapes.
         ctx.save_for_backward(cos, sin)
-        ctx.q_shape, ctx.k_shape = q.shape, k.shape
+        ctx.q_shape, ctx.k_shape, ctx.dtype = q.shape, k.shape, q.dtype
         q_stack, k_stack = torch.ops.sap_fast.rotary(stacked(q, q_dot), stacked(k, k_dot), cos, sin)
         q, q_dot = halves(q_stack)
         k, k_dot = halves(k_stack)
@@ -74,13 +79,14 @@ class _Rotary(torch.autograd.Function):
         return q, q_dot, k, k_dot
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, dq: Tensor | None, dq_dot: Tensor | None, dk: Tensor | None, dk_dot: Tensor | None
     ) -> tuple:
         cos, sin = ctx.saved_tensors
-        like = next(d for d in (dq, dq_dot, dk, dk_dot) if d is not None)
-        dq = stacked_cotangent(ctx.mode, dq, dq_dot, like.new_empty(()).expand(ctx.q_shape))
-        dk = stacked_cotangent(ctx.mode, dk, dk_dot, like.new_empty(()).expand(ctx.k_shape))
+        like = cos.new_empty((), dtype=ctx.dtype)
+        dq = stacked_cotangent(ctx.mode, dq, dq_dot, like.expand(ctx.q_shape))
+        dk = stacked_cotangent(ctx.mode, dk, dk_dot, like.expand(ctx.k_shape))
         dq, dk = torch.ops.sap_fast.rotary_backward(dq, dk, cos, sin)
         return *split_cotangent(ctx.mode, dq), *split_cotangent(ctx.mode, dk), None, None
 

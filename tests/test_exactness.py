@@ -1,0 +1,135 @@
+"""Whole models: the dual pass against double backward through transformers' own model, in float64."""
+
+import copy
+
+import pytest
+import torch
+from oracle import (
+    ALL_LINEAR,
+    FAMILIES,
+    VOCAB,
+    everything_in_float64,
+    exact,
+    random_batch,
+    random_pairs,
+    tiny_model,
+    unit_direction,
+)
+from torch import Tensor
+
+from sap_fast import SAPConfig, passes
+from sap_fast.batch import pack, pack_pairs
+from sap_fast.convert import read_decoder
+from sap_fast.direction import harmful_direction
+from sap_fast.probe import Probe
+
+TARGETS = {"qv": ("q_proj", "v_proj"), "all-linear": ALL_LINEAR, "down": ("down_proj",)}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b).norm() / b.norm())
+
+
+def worst(found: dict, truth: dict) -> float:
+    """The largest relative error; a weight whose true gradient is zero counts by its absolute one."""
+    assert found.keys() == truth.keys()
+    return max(relative(found[k], t) if t.norm() > 0 else float(found[k].norm()) for k, t in truth.items())
+
+
+def flat(tensors: dict) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors.values()])
+
+
+def random_probe(layers: tuple[int, ...], width: int = 32, size: float = 0.3) -> dict[int, Tensor]:
+    return {j: size * torch.randn(width, dtype=torch.float64) for j in layers}
+
+
+def dual(model: torch.nn.Module, batch: dict, u: dict, vectors: dict) -> passes.Gradients:
+    decoder = read_decoder(model)
+    rows = pack(batch, vocab_size=VOCAB, device=decoder.device)
+    wide = next(iter(vectors.values())).dtype
+    with decoder.installed():
+        return passes.dual(decoder, [passes.Micro(rows, None)], Probe(vectors, {}, {}), {k: g.to(wide) for k, g in u.items()})
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [(1, 3), (0,)], ids=str)
+def test_dual_pass_equals_double_backward(family: str, targets: str, layers: tuple[int, ...]) -> None:
+    model, batch, pairs = tiny_model(family, TARGETS[targets]), random_batch(), random_pairs()
+    vectors = random_probe(layers)
+    with everything_in_float64(model):
+        u = unit_direction(model, pairs)
+        loss, slope, theta, probe, probe_dot = exact(model, batch, u, vectors)
+    found = dual(model, batch, u, vectors)
+    assert relative(found.loss, loss) < 1e-8
+    assert relative(found.loss_dot, slope) < 1e-8
+    assert worst(found.theta, theta) < 1e-8
+    assert worst(found.probe, probe) < 1e-8
+    assert worst(found.probe_dot, probe_dot) < 1e-8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dual_pass_agrees_with_the_unmodified_model(family: str) -> None:
+    # transformers casts norms and softmax to float32 even in a float64 model: hence 1e-6. Without padding: its
+    # float64 mask value is -inf in float32, and a padding row beyond the sliding window becomes NaN.
+    model, batch = tiny_model(family, ALL_LINEAR, layers=2), random_batch(ragged=False)
+    vectors = random_probe((0,))
+    with everything_in_float64(model):
+        u = unit_direction(model, random_pairs())
+    loss, slope, theta, probe, probe_dot = exact(model, batch, u, vectors)
+    found = dual(model, batch, u, vectors)
+    assert relative(found.loss, loss) < 1e-6
+    assert relative(found.loss_dot, slope) < 1e-6
+    assert relative(flat(found.theta), flat(theta)) < 1e-6
+    assert relative(flat(found.probe), flat(probe)) < 1e-6
+    assert relative(flat(found.probe_dot), flat(probe_dot)) < 1e-6
+
+
+@pytest.mark.parametrize("settings", [{"loss": "difference"}, {"per_token": False}, {"loss": "logsigmoid"}], ids=str)
+def test_direction_equals_that_of_teacher_forced_answers(settings: dict) -> None:
+    model, pairs = tiny_model("qwen2", ALL_LINEAR), random_pairs(3)
+    per_token, kind = settings.get("per_token", True), settings.get("loss", "difference")
+    config = SAPConfig(safety_loss=kind, temperature=0.7, per_token=per_token)
+    with everything_in_float64(model):
+        truth = unit_direction(model, pairs, per_token=per_token, logsigmoid=0.7 if kind == "logsigmoid" else None)
+    decoder = read_decoder(model)
+    with decoder.installed():
+        direction = harmful_direction(
+            decoder, pack_pairs(pairs, vocab_size=VOCAB, device=decoder.device), {}, config
+        )
+    assert worst(direction.u, truth) < 1e-8
+    assert sum(float(g.square().sum()) for g in direction.u.values()) == pytest.approx(1, abs=1e-12)
+
+
+def test_left_padding_gives_what_right_padding_gives() -> None:
+    model = tiny_model("mistral", ALL_LINEAR)
+    right = random_batch()
+    left = {key: value.clone() for key, value in right.items()}
+    for b, real in enumerate(right["attention_mask"].sum(1).tolist()):
+        for key in left:
+            left[key][b] = torch.roll(right[key][b], right[key].shape[1] - real)
+    u, vectors = unit_direction(model, random_pairs()), random_probe((1,))
+    a, b = dual(model, right, u, vectors), dual(model, left, u, vectors)
+    # Positions are counted from the first column, so a left-padded row is rotated further: equal up to the
+    # float32 angles of transformers' rotary embedding.
+    assert relative(a.loss, b.loss) < 1e-6
+    assert worst(a.probe_dot, b.probe_dot) < 1e-4
+
+
+def test_float32_and_bfloat16_models_follow_the_float64_one() -> None:
+    model, batch = tiny_model("llama", ALL_LINEAR, layers=6), random_batch(4, 12)
+    u, vectors = unit_direction(model, random_pairs()), random_probe((2, 4))
+    truth = dual(model, batch, u, vectors)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+        # What PEFT makes: adapters in float32 on a base of either dtype. Both models hold the same numbers.
+        rounded = copy.deepcopy(model).to(dtype)
+        for p in rounded.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+        exact_inputs = copy.deepcopy(rounded).double()
+        truth = dual(exact_inputs, batch, u, vectors)
+        found = dual(rounded, batch, u, {j: v.float() for j, v in vectors.items()})
+        assert relative(found.loss, truth.loss) < bound
+        assert worst(found.probe_dot, truth.probe_dot) < bound
+        assert all(g.dtype == torch.float32 for g in found.theta.values())

@@ -98,9 +98,7 @@ def pack(batch: Mapping[str, Tensor], *, vocab_size: int, device: torch.device, 
     )
 
 
-def _check_values(
-    name: str, input_ids: Tensor, labels: Tensor, real: Tensor, scored: Tensor, vocab_size: int
-) -> None:
+def _check_values(name: str, input_ids: Tensor, labels: Tensor, real: Tensor, scored: Tensor, vocab_size: int) -> None:
     """Refuse bad values. All tests are made on the device and read in one copy."""
     labelled = labels != IGNORED
     bad_ids = real & ((input_ids < 0) | (input_ids >= vocab_size))
@@ -111,7 +109,14 @@ def _check_values(
     last = torch.where(real, t, -1).amax(1)
     holes = (last - first + 1).clamp_min(0) != real.sum(1)
     counts = torch.stack(
-        [bad_ids.sum(), bad_labels.sum(), holes.sum(), (labelled & ~real).sum(), scored.sum(), (~real).all(1).sum()]
+        [
+            bad_ids.sum(),
+            bad_labels.sum(),
+            holes.sum(),
+            (labelled & ~real).sum(),
+            scored.sum(),
+            (~real).all(1).sum(),
+        ]
     )
     ids, bad, hollow, padded, kept, empty = counts.tolist()
     if ids:
@@ -128,9 +133,7 @@ def _check_values(
             f"{name} has {hollow} rows whose attention_mask is not one run of ones; pad on the left or the right only"
         )
     if padded:
-        raise BatchError(
-            f"{name} has {padded} labels where attention_mask is 0; set labels to {IGNORED} on padding"
-        )
+        raise BatchError(f"{name} has {padded} labels where attention_mask is 0; set labels to {IGNORED} on padding")
     if not kept:
         raise BatchError(
             f"{name} has no scored token: all labels are {IGNORED} (or on a sequence's first token). "
@@ -147,9 +150,7 @@ def pack_pairs(pairs: Mapping[str, Tensor], *, vocab_size: int, device: torch.de
     """
     rows = pack(pairs, vocab_size=vocab_size, device=device, name="pairs")
     if rows.sequences % 2:
-        raise BatchError(
-            f"pairs has {rows.sequences} rows; it must be even: all chosen rows first, then all rejected"
-        )
+        raise BatchError(f"pairs has {rows.sequences} rows; it must be even: all chosen rows first, then all rejected")
     half = rows.sequences // 2
     scored = torch.bincount(rows.label_sequence, minlength=rows.sequences)
     mask = pairs.get("attention_mask")
@@ -159,11 +160,8 @@ def pack_pairs(pairs: Mapping[str, Tensor], *, vocab_size: int, device: torch.de
     silent, same = (scored == 0).tolist(), equal.tolist()
     if any(silent):
         side, index = divmod(silent.index(True), half)
-        raise BatchError(
-            f"pair {index} has no scored token on its {('chosen', 'rejected')[side]} side; was its answer truncated away?"
-        )
+        sides = ("chosen", "rejected")
+        raise BatchError(f"pair {index} has no scored token on its {sides[side]} side; was its answer truncated away?")
     if any(same):
-        raise BatchError(
-            f"pair {same.index(True)} has equal chosen and rejected rows, so it points nowhere; drop it"
-        )
+        raise BatchError(f"pair {same.index(True)} has equal chosen and rejected rows, so it points nowhere; drop it")
     return rows

@@ -153,9 +153,7 @@ class SAPConfig:
             raise ValueError("probe_layers is empty; name at least one layer, or use guard='project'")
         for layer in layers:
             if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < depth:
-                raise ValueError(
-                    f"probe_layers holds {layer!r}; the model has layers 0 to {depth - 1}, counted from 0"
-                )
+                raise ValueError(f"probe_layers holds {layer!r}; the model has layers 0 to {depth - 1}, counted from 0")
         if len(set(layers)) < len(layers):
             raise ValueError(f"probe_layers {list(layers)} repeats a layer")
         return tuple(sorted(layers))

@@ -101,7 +101,7 @@ def check_state(decoder: Decoder) -> None:
             _check_hooks(f"layers.{i}.{name}" if name else "", module)
 
 
-def _base_model(model: nn.Module) -> nn.Module:
+def _base_model(model: nn.Module) -> Any:
     from peft import PeftModel
     from peft.utils import PeftType
 
@@ -113,7 +113,7 @@ def _base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model()
 
 
-def _find(base: nn.Module, family: Family, part: str) -> nn.Module:
+def _find(base: nn.Module, family: Family, part: str) -> Any:
     found = [module for module in base.modules() if family.names(part, module)]
     if len(found) != 1:
         raise UnsupportedModelError(f"expected one {family.prefix}{part} in the model, but found {len(found)}")
@@ -122,7 +122,9 @@ def _find(base: nn.Module, family: Family, part: str) -> nn.Module:
 
 def _expect(module: nn.Module, family: Family, part: str, name: str) -> Any:
     if not family.names(part, module):
-        raise UnsupportedModelError(f"{name} is a {type_name(module)}, not a {family.prefix}{part}: it has no pair rule")
+        raise UnsupportedModelError(
+            f"{name} is a {type_name(module)}, not a {family.prefix}{part}: it has no pair rule"
+        )
     return module
 
 
@@ -138,7 +140,7 @@ def _check_config(config: Any) -> None:
         )
 
 
-def _check_modules(base: nn.Module, trunk: nn.Module) -> None:
+def _check_modules(base: nn.Module, trunk: Any) -> None:
     """Refuse what would be bypassed: replaced forwards, hooks, compiled modules, unknown PEFT wrappers."""
     decoder_layers = {id(layer) for layer in trunk.layers}
     for name, module in base.named_modules():
@@ -147,7 +149,7 @@ def _check_modules(base: nn.Module, trunk: nn.Module) -> None:
             raise UnsupportedModelError(f"{name} is a {type(module).__name__} (modules_to_save): only LoRA is trained")
         if "forward" in module.__dict__:
             raise UnsupportedModelError(
-                f"the forward of {name or 'the model'} was replaced on the instance (by a kernel patch, or a device map?); "
+                f"the forward of {name or 'the model'} was replaced on the instance (kernel patch, device map?); "
                 "the pair forward would bypass it. Load the model without the patch"
             )
         if getattr(module, "_compiled_call_impl", None) is not None:
@@ -168,7 +170,8 @@ def _check_hooks(name: str, module: nn.Module) -> None:
         # enable_input_require_grads: it makes embeddings require grad, and computes nothing.
         if getattr(hook, "__name__", "") != "make_inputs_require_grads":
             raise UnsupportedModelError(
-                f"{name} has a hook ({getattr(hook, '__qualname__', hook)}), which the pair forward would not run; remove it"
+                f"{name} has a hook ({getattr(hook, '__qualname__', hook)}), which the pair forward would not run; "
+                "remove it"
             )
 
 
@@ -203,7 +206,7 @@ def _read_norm(name: str, module: nn.Module, family: Family) -> Norm:
     return Norm(_expect(module, family, "RMSNorm", name), family.norm_offset)
 
 
-def _read_layer(name: str, module: nn.Module, family: Family, config: Any, reader: "_ProjectionReader") -> Layer:
+def _read_layer(name: str, module: Any, family: Family, config: Any, reader: "_ProjectionReader") -> Layer:
     _expect(module, family, "DecoderLayer", name)
     attn: Any = _expect(module.self_attn, family, "Attention", f"{name}.self_attn")
     mlp: Any = _expect(module.mlp, family, "MLP", f"{name}.mlp")
@@ -256,13 +259,15 @@ class _ProjectionReader:
             return Projection(module)
         if type(module) is not LoraLinear:
             raise UnsupportedModelError(
-                f"{name} is a {type_name(module)}, for which there is no pair rule (nn.Linear and PEFT's LoRA Linear have one)"
+                f"{name} is a {type_name(module)}, for which there is no pair rule; nn.Linear and PEFT's "
+                "LoRA Linear have one"
             )
         lora: Any = module
         base = lora.get_base_layer()
         if type(base) is not nn.Linear:
             raise UnsupportedModelError(
-                f"{name} adapts a {type_name(base)}, for which there is no pair rule (nn.Linear has one; quantized layers not yet)"
+                f"{name} adapts a {type_name(base)}, for which there is no pair rule; nn.Linear has one, "
+                "quantized layers not yet"
             )
         adapter = _adapter_of(lora, name)
         if adapter is None:
@@ -271,7 +276,9 @@ class _ProjectionReader:
             raise UnsupportedModelError(f"{name} uses DoRA, for which there is no pair rule; set use_dora=False")
         if adapter in getattr(lora, "lora_variant", {}):
             variant = lora.lora_variant[adapter]
-            raise UnsupportedModelError(f"{name} uses the LoRA variant {type(variant).__name__}, which has no pair rule")
+            raise UnsupportedModelError(
+                f"{name} uses the LoRA variant {type(variant).__name__}, which has no pair rule"
+            )
         a, b = lora.lora_A[adapter], lora.lora_B[adapter]
         if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None:
             raise UnsupportedModelError(f"{name} has a bias in its adapter (lora_bias); set lora_bias=False")
@@ -280,4 +287,3 @@ class _ProjectionReader:
         names = self._names[id(a.weight)], self._names[id(b.weight)]
         self.adapters |= {names[0]: a.weight, names[1]: b.weight}
         return Projection(base, lora, adapter, *names, salt=next(self._salts))
-

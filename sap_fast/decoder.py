@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class Pass:
 class Norm:
     """An RMSNorm module and how to read it."""
 
-    module: nn.Module
+    module: Any
     offset: float
 
     @property
@@ -94,7 +94,7 @@ class Projection:
     """A linear module, with the names of its LoRA tensors where it has an active adapter."""
 
     base: nn.Linear
-    lora: nn.Module | None = None
+    lora: Any = None  # PEFT's LoRA Linear
     adapter: str = ""
     a: str = ""
     b: str = ""
@@ -140,21 +140,20 @@ class Layer:
     def projections(self) -> tuple[Projection, ...]:
         return (*self.qkv, self.o, *self.gate_up, self.down)
 
-    def forward(
-        self, stream: Stream, probe: Tensor | None, run: Pass
-    ) -> tuple[Stream, Tensor | None]:
+    def forward(self, stream: Stream, probe: Tensor | None, run: Pass) -> tuple[Stream, Tensor | None]:
         """Run the layer; ``probe`` is that of the layer before, whose sum with the stream is taken here.
 
         Returns:
             The stream, and ``rstd [rows]`` of the sum (None in the first layer, which has none).
         """
         residual, residual_dot, update, update_dot = stream
-        norm, rstd = self.input_norm, None
+        norm = self.input_norm
+        rstd: Tensor | None = None
         if update is None:
             y, y_dot = rms_norm(residual, residual_dot, norm.weight, eps=norm.eps, offset=norm.offset)
         else:
             residual, residual_dot, y, y_dot, rstd = probe_rms_norm(
-                *stream, probe, norm.weight, eps=norm.eps, offset=norm.offset
+                residual, residual_dot, update, update_dot, probe, norm.weight, eps=norm.eps, offset=norm.offset
             )
         m, m_dot = self._attention(y, y_dot, run)
         norm = self.post_norm
@@ -165,14 +164,15 @@ class Layer:
 
     def _attention(self, y: Tensor, y_dot: Tensor | None, run: Pass) -> tuple[Tensor, Tensor | None]:
         qkv = lora_linear(y, y_dot, [p.target(run) for p in self.qkv], seed=run.seed)
-        heads = [None if x is None else x.unflatten(-1, (-1, self.head_dim)) for pair in qkv for x in pair]
-        q, q_dot, k, k_dot = rotary(*heads[:4], run.cos, run.sin)
+        (q, q_dot), (k, k_dot), (v, v_dot) = ((self._heads(x), self._heads(x_dot)) for x, x_dot in qkv)
+        q, q_dot, k, k_dot = rotary(q, q_dot, k, k_dot, run.cos, run.sin)
         o, o_dot = attention(
             q,
             q_dot,
             k,
             k_dot,
-            *heads[4:],
+            v,
+            v_dot,
             run.rows.cu_seqlens,
             max_seqlen=run.rows.max_seqlen,
             scale=self.scale,
@@ -181,10 +181,12 @@ class Layer:
         o, o_dot = o.flatten(1), None if o_dot is None else o_dot.flatten(1)
         return lora_linear(o, o_dot, [self.o.target(run)], seed=run.seed)[0]
 
+    def _heads(self, x: Any) -> Any:
+        """``[rows, heads * head_dim]`` as ``[rows, heads, head_dim]``; None stays None."""
+        return None if x is None else x.unflatten(-1, (-1, self.head_dim))
+
     def _mlp(self, y: Tensor, y_dot: Tensor | None, run: Pass) -> tuple[Tensor, Tensor | None]:
-        (gate, gate_dot), (up, up_dot) = lora_linear(
-            y, y_dot, [p.target(run) for p in self.gate_up], seed=run.seed
-        )
+        (gate, gate_dot), (up, up_dot) = lora_linear(y, y_dot, [p.target(run) for p in self.gate_up], seed=run.seed)
         y, y_dot = glu(gate, gate_dot, up, up_dot, activation=self.activation)
         return lora_linear(y, y_dot, [self.down.target(run)], seed=run.seed)[0]
 
@@ -196,8 +198,8 @@ class Decoder:
     layers: tuple[Layer, ...]
     embedding: nn.Embedding
     norm: Norm
-    head: nn.Module
-    rotary_embedding: nn.Module
+    head: nn.Linear
+    rotary_embedding: Any
     adapters: Weights  # every LoRA tensor of the active adapter, by name
     trained: Mapping[str, nn.Parameter]  # those that require grad: theta
 
@@ -282,10 +284,21 @@ class Decoder:
 
     def score(self, run: Pass, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """Final norm and head on the rows that predict a scored token: ``(nll, nll_dot) [scored]``."""
-        labelled = Stream(*(None if x is None else x.index_select(0, run.rows.label_rows) for x in stream))
+
+        residual, residual_dot, update, update_dot = (
+            None if x is None else x.index_select(0, run.rows.label_rows) for x in stream
+        )
+        assert residual is not None and update is not None  # at least one layer has run
         last, norm = len(self.layers) - 1, self.norm
         _, _, y, y_dot, rstd = probe_rms_norm(
-            *labelled, run.probe.get(last), norm.weight, eps=norm.eps, offset=norm.offset
+            residual,
+            residual_dot,
+            update,
+            update_dot,
+            run.probe.get(last),
+            norm.weight,
+            eps=norm.eps,
+            offset=norm.offset,
         )
         if last in run.probe:
             run.rms[last] = _rms(rstd, norm.eps)  # of the scored rows

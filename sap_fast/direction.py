@@ -46,8 +46,8 @@ def harmful_direction(decoder: Decoder, rows: Rows, probe: Mapping[int, Tensor],
     nll, _ = decoder.forward(run)
     margin = pair_margins(-nll, rows, per_token=config.per_token)
     loss, weight = safety_loss(margin, config)
-    gradients = torch.autograd.grad(loss, list(decoder.trained.values()), allow_unused=True)
-    gradients = widen(decoder.trained, gradients)
+    found = torch.autograd.grad(loss, list(decoder.trained.values()), allow_unused=True)
+    gradients = widen(decoder.trained, found)
     norm = norm_of(gradients)
     return Direction(
         u={name: g / norm for name, g in gradients.items()},

@@ -54,7 +54,7 @@ def pushforward(primal: Primal, *xs: Tensor) -> tuple[Tensor, ...]:
     """
     if xs[0].shape[0] == 1:
         return tuple(y[None] for y in primal(*(x[0] for x in xs)))
-    ys, y_dots = torch.func.jvp(primal, tuple(x[0] for x in xs), tuple(x[1] for x in xs))
+    ys, y_dots = torch.func.jvp(primal, tuple(x[0] for x in xs), tuple(x[1] for x in xs))[:2]
     return tuple(torch.stack(pair) for pair in zip(ys, y_dots, strict=True))
 
 
@@ -71,13 +71,13 @@ def pullback(primal: Primal, xs: tuple[Tensor, ...], dys: tuple[Tensor, ...]) ->
     """
     primals = tuple(x[0] for x in xs)
     if dys[0].shape[0] == 1:
-        _, vjp = torch.func.vjp(primal, *primals)
+        vjp = torch.func.vjp(primal, *primals)[1]
         return tuple(dx[None] for dx in vjp(tuple(dy[0] for dy in dys)))
 
     def pair(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple:
         return torch.func.jvp(primal, primals, tangents)
 
-    _, vjp = torch.func.vjp(pair, primals, tuple(x[1] for x in xs))
+    vjp = torch.func.vjp(pair, primals, tuple(x[1] for x in xs))[1]
     dxs, dx_dots = vjp((tuple(dy[0] for dy in dys), tuple(dy[1] for dy in dys)))
     return tuple(torch.stack(pair) for pair in zip(dxs, dx_dots, strict=True))
 

@@ -22,7 +22,7 @@ class Family:
 
     module: str
     prefix: str
-    window: Callable[[Any, nn.Module], int | None]
+    window: Callable[[Any, Any], int | None]
     norm_offset: float = 0.0
 
     def names(self, part: str, module: nn.Module) -> bool:
@@ -42,7 +42,11 @@ FAMILIES = (
         "Mistral",
         lambda config, attention: getattr(config, "sliding_window", None),
     ),
-    Family("transformers.models.qwen2.modeling_qwen2", "Qwen2", lambda config, attention: attention.sliding_window),
+    Family(
+        "transformers.models.qwen2.modeling_qwen2",
+        "Qwen2",
+        lambda config, attention: attention.sliding_window,
+    ),
 )
 
 # config.hidden_act, by the name of the activation's rule in sap_fast.ops.glu.

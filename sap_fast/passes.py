@@ -63,8 +63,7 @@ def dual(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Mapping[str
         directions = {name: t.detach().requires_grad_() for name, t in u.items()}
         leaves = probe.pairs()
         run = decoder.start(micro.rows, micro.seed, theta_dot=directions, probe=leaves)
-        nll, nll_dot = decoder.forward(run)
-        loss, loss_dot = nll.sum() / scored, nll_dot.sum() / scored
+        loss, loss_dot = _mean(decoder.forward(run), scored)
         grads = torch.autograd.grad(loss_dot, [*directions.values(), *leaves.values()], allow_unused=True)
         theta = widen(u, grads[: len(u)])
         parts.append(_part(loss, loss_dot, theta, dict(zip(leaves, grads[len(u) :], strict=True)), run.rms))
@@ -73,11 +72,13 @@ def dual(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Mapping[str
 
 @dataclass(frozen=True)
 class _Cut:
-    """A dual pass cut beneath the lowest probe: the stream there, still attached to what lies beneath."""
+    """A dual pass cut beneath the lowest probe: the stream there, its tangents still attached to what lies beneath."""
 
     micro: Micro
     directions: dict[str, Tensor]
-    stream: Stream
+    residual: Tensor
+    update: Tensor
+    tangents: tuple[Tensor, Tensor]
 
 
 def inner(
@@ -98,13 +99,15 @@ def inner(
             stream = decoder.run_layers(beneath, decoder.embed(beneath), 0, lowest + 1)
         # From here upwards only the probe is a variable; the direction and what lies beneath are constants.
         above = replace(beneath, theta_dot=_detached(beneath), probe=leaves, rms={})
-        start = Stream(*(None if x is None else x.detach() for x in stream))
-        nll, nll_dot = decoder.score(above, decoder.run_layers(above, start, lowest + 1, depth))
-        loss, loss_dot = nll.sum() / scored, nll_dot.sum() / scored
+        residual, residual_dot, update, update_dot = stream
+        assert residual_dot is not None and update is not None and update_dot is not None  # it is a pair
+        start = Stream(residual.detach(), residual_dot.detach(), update.detach(), update_dot.detach())
+        nll = decoder.score(above, decoder.run_layers(above, start, lowest + 1, depth))
+        loss, loss_dot = _mean(nll, scored)
         grads = torch.autograd.grad(loss_dot, list(leaves.values()))
         parts.append(_part(loss, loss_dot, {}, dict(zip(leaves, grads, strict=True)), above.rms))
         if keep:
-            cuts.append(_Cut(micro, directions, stream))
+            cuts.append(_Cut(micro, directions, residual, update, (residual_dot, update_dot)))
     return _sum(parts), cuts
 
 
@@ -118,27 +121,19 @@ def restarted(decoder: Decoder, cuts: Sequence[_Cut], probe: Probe) -> Gradients
     parts = []
     for cut in cuts:
         run = decoder.start(cut.micro.rows, cut.micro.seed, probe=probe.singles())
-        residual, update = (x.detach().requires_grad_() for x in (cut.stream.residual, cut.stream.update))
+        residual, update = cut.residual.detach().requires_grad_(), cut.update.detach().requires_grad_()
         stream = decoder.run_layers(run, Stream(residual, None, update, None), lowest + 1, depth)
-        nll, _ = decoder.score(run, stream)
-        loss = nll.sum() / scored
+        loss, _ = _mean(decoder.score(run, stream), scored)
         *above, dresidual, dupdate = torch.autograd.grad(
             loss, [*decoder.trained.values(), residual, update], allow_unused=True
         )
         theta = widen(decoder.trained, tuple(above))
-        roots = [
-            (tangent, d)
-            for tangent, d in ((cut.stream.residual_dot, dresidual), (cut.stream.update_dot, dupdate))
-            if tangent.requires_grad
-        ]
-        if roots:
-            beneath = torch.autograd.grad(
-                [tangent for tangent, _ in roots],
-                list(cut.directions.values()),
-                [d for _, d in roots],
-                allow_unused=True,
-            )
-            beneath = widen(cut.directions, beneath)
+        # A tangent that no adapter beneath the probe feeds has no graph.
+        ends = [(t, d) for t, d in zip(cut.tangents, (dresidual, dupdate), strict=True) if t.requires_grad]
+        if ends:
+            tangents, cotangents = zip(*ends, strict=True)
+            found = torch.autograd.grad(tangents, list(cut.directions.values()), cotangents, allow_unused=True)
+            beneath = widen(cut.directions, found)
             theta = {name: g + beneath[name] for name, g in theta.items()}
         parts.append(_part(loss, theta=theta, rms=run.rms))
     return _sum(parts)
@@ -159,17 +154,14 @@ def finite_difference(
         leaves = probe.singles(requires_grad=True)
         run = decoder.start(micro.rows, micro.seed, probe=leaves)
         loss = decoder.forward(run)[0].sum() / scored
-        grads = torch.autograd.grad(
-            loss, [*decoder.trained.values(), *leaves.values()], allow_unused=True
-        )
+        grads = torch.autograd.grad(loss, [*decoder.trained.values(), *leaves.values()], allow_unused=True)
         theta = widen(decoder.trained, grads[: len(decoder.trained)])
         at_theta = grads[len(decoder.trained) :]
         ahead = decoder.start(micro.rows, micro.seed, theta=moved, probe=leaves)
         loss_moved = decoder.forward(ahead)[0].sum() / scored
         at_moved = torch.autograd.grad(loss_moved, list(leaves.values()))
         probe_dot = {
-            j: torch.stack(((b - a)[0] / radius, a[0]))
-            for j, a, b in zip(leaves, at_theta, at_moved, strict=True)
+            j: torch.stack(((b - a)[0] / radius, a[0])) for j, a, b in zip(leaves, at_theta, at_moved, strict=True)
         }
         parts.append(_part(loss, (loss_moved - loss) / radius, theta, probe_dot, run.rms))
     return _sum(parts)
@@ -177,6 +169,12 @@ def finite_difference(
 
 def _scored(micros: Sequence[Micro]) -> int:
     return sum(micro.rows.scored for micro in micros)
+
+
+def _mean(nll: tuple[Tensor, Tensor | None], scored: int) -> tuple[Tensor, Tensor]:
+    """A micro-batch's share of ``(L, L_dot)``; in an ordinary pass L_dot is 0."""
+    loss = nll[0].sum() / scored
+    return loss, torch.zeros_like(loss) if nll[1] is None else nll[1].sum() / scored
 
 
 def _detached(run: Pass) -> dict[str, Tensor]:

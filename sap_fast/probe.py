@@ -45,7 +45,11 @@ class Probe:
         return replace(self, vectors={j: torch.zeros_like(v) for j, v in self.vectors.items()})
 
     def climbed(
-        self, gradient: Mapping[int, Tensor], rms: Mapping[int, Tensor], alpha: Tensor, config: SAPConfig
+        self,
+        gradient: Mapping[int, Tensor],
+        rms: Mapping[int, Tensor],
+        alpha: Tensor,
+        config: SAPConfig,
     ) -> "Probe":
         """The probe found from zero by one climb on ``L_su = alpha L_dot``.
 
@@ -58,13 +62,20 @@ class Probe:
         scale = {j: rms[j].median() if config.strength_unit == "relative" else 1.0 for j in gradient}
         if config.probe_update == "sign":
             # Steepest ascent where each coordinate may move by strength * scale.
-            return replace(self, vectors={j: config.strength * scale[j] * g.sign() for j, g in gradient.items()})
+            return replace(
+                self,
+                vectors={j: config.strength * scale[j] * g.sign() for j, g in gradient.items()},
+            )
         if config.probe_update == "normalised":
             return replace(self, vectors=_normalised(gradient, scale, config))
         return self._adamw(gradient, scale, alpha, config)
 
     def _adamw(
-        self, gradient: Mapping[int, Tensor], scale: Mapping[int, Tensor | float], alpha: Tensor, config: SAPConfig
+        self,
+        gradient: Mapping[int, Tensor],
+        scale: Mapping[int, Tensor | float],
+        alpha: Tensor,
+        config: SAPConfig,
     ) -> "Probe":
         """One AdamW step from zero, minimising ``-L_su``. Weight decay of a zero vector is none."""
         t = self.steps + 1

@@ -18,7 +18,7 @@ from sap_fast.batch import pack, pack_pairs
 from sap_fast.config import SAPConfig
 from sap_fast.convert import check_state, read_decoder
 from sap_fast.direction import Direction, dot, harmful_direction, norm_of
-from sap_fast.errors import StepRefusedError, UnsupportedModelError
+from sap_fast.errors import StepRefusedError
 from sap_fast.passes import Gradients, Micro
 from sap_fast.probe import Probe
 from sap_fast.report import StepReport
@@ -115,7 +115,10 @@ class SAP:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.detach()
 
@@ -248,7 +251,7 @@ class SAP:
         before = {name: p.grad for name, p in trained.items()}
         kept = self._probe, self._direction
         after = {
-            name: (g if before[name] is None else before[name] + g).to(trained[name].dtype)
+            name: (g if (old := before[name]) is None else old + g).to(trained[name].dtype)
             for name, g in outcome.theta.items()
         }
         try:
@@ -319,6 +322,6 @@ def _raise_if_refused(seen: list[float], config: SAPConfig) -> None:
         raise StepRefusedError(f"the loss is {loss}; the step was refused and nothing was written")
     if not finite[1] or not finite[2]:
         raise StepRefusedError(
-            f"the gradient (norm {gradient}) or the probe (norm {probe}) is not finite although the loss is {loss:.4g}; "
-            "the step was refused and nothing was written"
+            f"the gradient (norm {gradient}) or the probe (norm {probe}) is not finite although the loss is "
+            f"{loss:.4g}; the step was refused and nothing was written"
         )

@@ -122,9 +122,7 @@ def everything_in_float64(model: nn.Module) -> Iterator[None]:
 def probes(model: nn.Module, vectors: Mapping[int, Tensor]) -> Iterator[None]:
     """Add ``vectors`` to the outputs of the model's layers."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    handles = [
-        base.model.layers[j].register_forward_hook(lambda _, __, out, v=v: out + v) for j, v in vectors.items()
-    ]
+    handles = [base.model.layers[j].register_forward_hook(lambda _, __, out, v=v: out + v) for j, v in vectors.items()]
     try:
         yield
     finally:
@@ -153,7 +151,11 @@ def margins(model: nn.Module, pairs: Mapping[str, Tensor], *, per_token: bool) -
 
 
 def unit_direction(
-    model: nn.Module, pairs: Mapping[str, Tensor], *, per_token: bool = True, logsigmoid: float | None = None
+    model: nn.Module,
+    pairs: Mapping[str, Tensor],
+    *,
+    per_token: bool = True,
+    logsigmoid: float | None = None,
 ) -> dict[str, Tensor]:
     """The harmful direction; ``logsigmoid`` is its temperature, None the difference loss."""
     margin = margins(model, pairs, per_token=per_token)
@@ -164,7 +166,10 @@ def unit_direction(
 
 
 def exact(
-    model: nn.Module, batch: Mapping[str, Tensor], u: Mapping[str, Tensor], vectors: Mapping[int, Tensor]
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    u: Mapping[str, Tensor],
+    vectors: Mapping[int, Tensor],
 ) -> tuple[Tensor, Tensor, dict, dict, dict]:
     """``(L, L_dot, grad_theta L, grad_V L, grad_V L_dot)`` by double backward."""
     leaves = {j: v.detach().clone().requires_grad_() for j, v in vectors.items()}

@@ -28,7 +28,10 @@ def put(key: str, place: tuple, value: int) -> Callable[[dict], None]:
 
 
 BAD_BATCH = {
-    "labels all masked": (lambda b: b["labels"].fill_(-100), "no scored token: all labels are -100"),
+    "labels all masked": (
+        lambda b: b["labels"].fill_(-100),
+        "no scored token: all labels are -100",
+    ),
     "only the first token labelled": (lambda b: b["labels"][:, 1:].fill_(-100), "no scored token"),
     "token id too large": (put("input_ids", (0, 1), VOCAB), rf"1 token ids outside \[0, {VOCAB}\)"),
     "token id negative": (put("input_ids", (0, 1), -1), r"1 token ids outside"),
@@ -39,11 +42,17 @@ BAD_BATCH = {
     "row of padding": (lambda b: b["attention_mask"][1].fill_(0), "1 rows without a real token"),
     "labels missing": (lambda b: b.pop("labels"), r"lacks \['labels'\]"),
     "unknown key": (lambda b: b.update(position_ids=b["input_ids"]), r"holds \['position_ids'\]"),
-    "other shape": (lambda b: b.update(labels=b["labels"][:, :-1]), r"\(3, 8\), but input_ids \(3, 9\)"),
+    "other shape": (
+        lambda b: b.update(labels=b["labels"][:, :-1]),
+        r"\(3, 8\), but input_ids \(3, 9\)",
+    ),
     "one dimension": (lambda b: b.update(input_ids=b["input_ids"][0]), r"must be \[B, T\]"),
     "empty": (lambda b: b.update(input_ids=b["input_ids"][:0]), "not empty"),
     "floats": (lambda b: b.update(labels=b["labels"].float()), "must hold integers"),
-    "another device": (lambda b: b.update(labels=b["labels"].to("meta")), "on meta, but the model on cpu"),
+    "another device": (
+        lambda b: b.update(labels=b["labels"].to("meta")),
+        "on meta, but the model on cpu",
+    ),
 }
 
 
@@ -67,8 +76,14 @@ def same_sides(batch: dict) -> None:
 BAD_PAIRS = {
     "odd count": (lambda b: b.update({k: v[:3] for k, v in b.items()}), "3 rows; it must be even"),
     "chosen equal to rejected": (same_sides, "pair 1 has equal chosen and rejected"),
-    "silent chosen": (lambda b: b["labels"][1].fill_(-100), "pair 1 has no scored token on its chosen side"),
-    "silent rejected": (lambda b: b["labels"][2].fill_(-100), "pair 0 has no scored token on its rejected side"),
+    "silent chosen": (
+        lambda b: b["labels"][1].fill_(-100),
+        "pair 1 has no scored token on its chosen side",
+    ),
+    "silent rejected": (
+        lambda b: b["labels"][2].fill_(-100),
+        "pair 0 has no scored token on its rejected side",
+    ),
     "token id too large": (put("input_ids", (0, 1), VOCAB), "pairs has 1 token ids outside"),
 }
 

@@ -111,7 +111,10 @@ REFUSED = {
     "DoRA": (lambda: peft_model(use_dora=True), r"q_proj.*DoRA"),
     "modules_to_save": (lambda: peft_model(modules_to_save=["lm_head"]), "modules_to_save"),
     "lora_bias": (lambda: peft_model(lora_bias=True, init_lora_weights=True), r"q_proj.*lora_bias"),
-    "trained bias": (lambda: with_trained_norm(), "norm.weight is trained but is not a LoRA weight"),
+    "trained bias": (
+        lambda: with_trained_norm(),
+        "norm.weight is trained but is not a LoRA weight",
+    ),
     "merged": (merged, r"merged adapters \['default'\]"),
     "disabled": (disabled, "adapters disabled"),
     "several adapters": (two_adapters, r"several active adapters \['default', 'other'\]"),
@@ -184,7 +187,13 @@ def test_real_data_parallel_wrapper_has_the_name_that_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [((1, 4), "layers 0 to 3"), ((-1,), "layers 0 to 3"), ((2, 2), "repeats"), ((), "empty"), (("a",), "'a'")],
+    [
+        ((1, 4), "layers 0 to 3"),
+        ((-1,), "layers 0 to 3"),
+        ((2, 2), "repeats"),
+        ((), "empty"),
+        (("a",), "'a'"),
+    ],
 )
 def test_bad_probe_layers_are_refused(layers: tuple, message: str) -> None:
     model = tiny_model()
@@ -300,6 +309,6 @@ def test_input_require_grads_hook_is_not_in_the_way() -> None:
 
 def test_autocast_is_refused_with_the_way_out() -> None:
     model = tiny_model(dtype=torch.float32)
-    with sap_fast.attach(model, CONFIG) as sap, torch.autocast("cpu", torch.bfloat16):
-        with pytest.raises(RuntimeError, match=r"dtype=torch\.bfloat16"):
-            sap.step(random_batch(), random_pairs())
+    sap = sap_fast.attach(model, CONFIG)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=r"dtype=torch\.bfloat16"):
+        sap.step(random_batch(), random_pairs())

@@ -49,7 +49,12 @@ def dual(model: torch.nn.Module, batch: dict, u: dict, vectors: dict) -> passes.
     rows = pack(batch, vocab_size=VOCAB, device=decoder.device)
     wide = next(iter(vectors.values())).dtype
     with decoder.installed():
-        return passes.dual(decoder, [passes.Micro(rows, None)], Probe(vectors, {}, {}), {k: g.to(wide) for k, g in u.items()})
+        return passes.dual(
+            decoder,
+            [passes.Micro(rows, None)],
+            Probe(vectors, {}, {}),
+            {k: g.to(wide) for k, g in u.items()},
+        )
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -95,9 +100,7 @@ def test_direction_equals_that_of_teacher_forced_answers(settings: dict) -> None
         truth = unit_direction(model, pairs, per_token=per_token, logsigmoid=0.7 if kind == "logsigmoid" else None)
     decoder = read_decoder(model)
     with decoder.installed():
-        direction = harmful_direction(
-            decoder, pack_pairs(pairs, vocab_size=VOCAB, device=decoder.device), {}, config
-        )
+        direction = harmful_direction(decoder, pack_pairs(pairs, vocab_size=VOCAB, device=decoder.device), {}, config)
     assert worst(direction.u, truth) < 1e-8
     assert sum(float(g.square().sum()) for g in direction.u.values()) == pytest.approx(1, abs=1e-12)
 

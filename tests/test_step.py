@@ -98,7 +98,11 @@ def test_zero_strength_is_plain_fine_tuning(schedule: str) -> None:
 @every_config
 def test_micro_batches_equal_one_big_batch(config: SAPConfig) -> None:
     model, big, pairs = tiny_model("mistral"), random_batch(5, 9), random_pairs()
-    parts = [{k: v[:1] for k, v in big.items()}, {k: v[1:3] for k, v in big.items()}, {k: v[3:] for k, v in big.items()}]
+    parts = [
+        {k: v[:1] for k, v in big.items()},
+        {k: v[1:3] for k, v in big.items()},
+        {k: v[3:] for k, v in big.items()},
+    ]
     whole = two_steps(model, config, [big, big], [pairs, pairs])
     split = two_steps(model, config, [parts, parts], [pairs, pairs])
     assert gap(split[0], whole[0]) < 1e-10
@@ -109,10 +113,14 @@ def test_micro_batches_equal_one_big_batch(config: SAPConfig) -> None:
     assert split[2].tokens == whole[2].tokens
 
 
-def test_fresh_restart_stores_or_recomputes_to_the_same_gradient() -> None:
-    model, batch, pairs = tiny_model("qwen2", ALL_LINEAR), random_batch(), random_pairs()
-    store = two_steps(model, CONFIGS["fresh-store"], [batch, batch], [pairs, pairs])
-    recompute = two_steps(model, CONFIGS["fresh-recompute"], [batch, batch], [pairs, pairs])
+@pytest.mark.parametrize("targets", [ALL_LINEAR, ("q_proj",), ("down_proj",)], ids=len)
+@pytest.mark.parametrize("layers", [(0, 2), (2, 3), (3,)], ids=str)
+def test_fresh_restart_stores_or_recomputes_to_the_same_gradient(layers: tuple, targets: tuple) -> None:
+    model, batch, pairs = tiny_model("qwen2", targets), random_batch(), random_pairs()
+    store, recompute = (
+        two_steps(model, CONFIGS[name].replace(probe_layers=layers), [batch] * 2, [pairs] * 2)
+        for name in ("fresh-store", "fresh-recompute")
+    )
     assert gap(store[0], recompute[0]) < 1e-12
 
 
@@ -275,11 +283,17 @@ def test_interrupt_while_writing_changes_nothing() -> None:
         sap.step(batch, pairs)
         before, probe = grads(model), sap.probe
         state = copy.deepcopy(model.state_dict())
-        with mock.patch.object(passes, "dual", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        with (
+            mock.patch.object(passes, "dual", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
             sap.step(batch, pairs)
         assert gap(grads(model), before) == 0
         # A weight whose gradient is missing fails the writing when all others have been written.
-        with mock.patch.dict(sap._decoder.trained, {"broken": mock.Mock(grad=None)}), pytest.raises(KeyError):
+        with (
+            mock.patch.dict(sap._decoder.trained, {"broken": mock.Mock(grad=None)}),
+            pytest.raises(KeyError),
+        ):
             sap._commit(mock.Mock(theta={k: torch.ones_like(g) for k, g in before.items()}))
         assert gap(grads(model), before) == 0
         assert gap(sap.probe, probe) == 0
@@ -296,7 +310,7 @@ def test_non_finite_loss_is_refused_before_anything_is_written(config: str) -> N
         weight = next(iter(lora(model).values()))
         kept = weight.data.clone()
         weight.data.fill_(float("nan"))
-        with pytest.raises(StepRefusedError, match="not finite|the loss is nan"):
+        with pytest.raises(StepRefusedError, match=r"not finite|the loss is nan"):
             sap.step(batch, pairs)
         with pytest.raises(StepRefusedError, match="the loss is nan"):
             sap.step(batch)
@@ -325,7 +339,7 @@ def test_saturated_pairs_are_reported_and_refused_with_the_way_out() -> None:
     config = CONFIG.replace(safety_loss="logsigmoid", per_token=False, temperature=1e-5)
     chosen_first = _preferred_first(model, pairs)
     with sap_fast.attach(model, config) as sap:
-        with pytest.raises(StepRefusedError, match="saturated.*safety_loss='difference'"):
+        with pytest.raises(StepRefusedError, match=r"saturated.*safety_loss='difference'"):
             sap.step(batch, chosen_first)
         assert all(p.grad is None for p in lora(model).values())
     with sap_fast.attach(model, config.replace(temperature=0.1)) as sap:

@@ -31,7 +31,9 @@ def encode(tokenizer: Any, prompt: str, completion: str, max_length: int | None 
     if not text.startswith(head):
         raise BatchError("the chat template writes an answered prompt differently from an open one")
     # Tokenised apart, so that no token straddles the boundary: in generation the prompt is all there is.
-    head_ids, answer_ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (head, text[len(head) :]))
+    head_ids, answer_ids = (
+        tokenizer(part, add_special_tokens=False)["input_ids"] for part in (head, text[len(head) :])
+    )
     ids, labels = head_ids + answer_ids, [IGNORED] * len(head_ids) + answer_ids
     if max_length is not None and len(head_ids) >= max_length:
         raise BatchError(

@@ -7,9 +7,7 @@ from sap_fast.ops.linear_cross_entropy import linear_cross_entropy
 from sap_fast.ops.linear_cross_entropy.reference import primal
 
 
-def _case(
-    rows: int, vocab: int, d: int, name: str = "", *, peak: float = 0.0, bench: bool = False
-) -> Case:
+def _case(rows: int, vocab: int, d: int, name: str = "", *, peak: float = 0.0, bench: bool = False) -> Case:
     """Describe ``rows`` predictions; ``peak`` turns each row toward its target."""
 
     def make(rng: torch.Generator) -> tuple[dict, dict]:

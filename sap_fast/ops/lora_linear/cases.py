@@ -44,9 +44,7 @@ def _case(
                 inputs[f"b{i}"] = normal(rng, 2, d_out, rank) * rank**-0.5
         return inputs, constants
 
-    multiplications = sum(
-        d_in * d_out + rank * (d_in + d_out) for d_out, rank in zip(widths, ranks, strict=True)
-    )
+    multiplications = sum(d_in * d_out + rank * (d_in + d_out) for d_out, rank in zip(widths, ranks, strict=True))
     return Case(name, make, bench, flops=2.0 * rows * multiplications)
 
 
@@ -64,11 +62,16 @@ def _call(pairs: dict[str, Pair], c: dict) -> list[Pair]:
     return lora_linear(*pairs["x"], targets, seed=c["seed"])
 
 
+def _mask(x: Tensor, seed: Tensor, i: int, p: float) -> Tensor:
+    return dropout_mask(seed, _salt(i), x.shape[0], x.shape[1], p).to(x.dtype)
+
+
 def _primal(xs: dict[str, Tensor], c: dict) -> tuple[Tensor, ...]:
-    x, p, ys = xs["x"], c["dropout"], []
+    x, p = xs["x"], c["dropout"]
+    ys: list[Tensor] = []
     for i in range(_MOST_TARGETS):
         if f"a{i}" in xs:
-            keep = dropout_mask(c["seed"], _salt(i), *x.shape, p).to(x.dtype) if p else None
+            keep = _mask(x, c["seed"], i, p) if p else None
             frozen = c[f"weight{i}"], c[f"bias{i}"]
             ys += primal(x, xs[f"a{i}"], xs[f"b{i}"], *frozen, c["scaling"], keep)
         elif f"weight{i}" in c:

@@ -85,7 +85,8 @@ def test_dual_pass_agrees_with_the_unmodified_model(family: str) -> None:
     loss, slope, theta, probe, probe_dot = exact(model, batch, u, vectors)
     found = dual(model, batch, u, vectors)
     assert relative(found.loss, loss) < 1e-6
-    assert relative(found.loss_dot, slope) < 1e-6
+    # The slope <grad L, u> is a sum with cancellation: its error is relative to |grad L|, since |u| = 1.
+    assert abs(found.loss_dot - slope) < 1e-6 * flat(theta).norm()
     assert relative(flat(found.theta), flat(theta)) < 1e-6
     assert relative(flat(found.probe), flat(probe)) < 1e-6
     assert relative(flat(found.probe_dot), flat(probe_dot)) < 1e-6
@@ -120,19 +121,25 @@ def test_left_padding_gives_what_right_padding_gives() -> None:
     assert worst(a.probe_dot, b.probe_dot) < 1e-4
 
 
-def test_float32_and_bfloat16_models_follow_the_float64_one() -> None:
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1 - 1e-9), (torch.bfloat16, 0.97)])
+def test_float32_and_bfloat16_models_follow_the_float64_one(dtype: torch.dtype, least: float) -> None:
+    """Cosines with the float64 derivative at the same, rounded weights.
+
+    In bfloat16 a random network of width 32 is a hard case: rounding is not averaged over many channels. Real
+    models are held to 0.995 by benchmarks/fidelity.py.
+    """
     model, batch = tiny_model("llama", ALL_LINEAR, layers=6), random_batch(4, 12)
-    u, vectors = unit_direction(model, random_pairs()), random_probe((2, 4))
-    truth = dual(model, batch, u, vectors)
-    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
-        # What PEFT makes: adapters in float32 on a base of either dtype. Both models hold the same numbers.
-        rounded = copy.deepcopy(model).to(dtype)
-        for p in rounded.parameters():
-            if p.requires_grad:
-                p.data = p.data.float()
-        exact_inputs = copy.deepcopy(rounded).double()
-        truth = dual(exact_inputs, batch, u, vectors)
-        found = dual(rounded, batch, u, {j: v.float() for j, v in vectors.items()})
-        assert relative(found.loss, truth.loss) < bound
-        assert worst(found.probe_dot, truth.probe_dot) < bound
-        assert all(g.dtype == torch.float32 for g in found.theta.values())
+    with everything_in_float64(model):
+        u = unit_direction(model, random_pairs())
+    vectors = random_probe((2, 4))
+    # What PEFT makes: adapters in float32 on a base of either dtype.
+    rounded = copy.deepcopy(model).to(dtype)
+    for p in rounded.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    truth = dual(copy.deepcopy(rounded).double(), batch, u, vectors)
+    found = dual(rounded, batch, u, {j: v.float() for j, v in vectors.items()})
+    assert all(g.dtype == torch.float32 for g in (*found.theta.values(), *found.probe_dot.values()))
+    for name in ("theta", "probe", "probe_dot"):
+        a, b = flat(getattr(found, name)).double(), flat(getattr(truth, name))
+        assert float(a @ b / (a.norm() * b.norm())) > least, name

@@ -114,9 +114,7 @@ class Problem:
 
     def half(self) -> "Problem":
         """The pair in half mode: only the cotangent of the tangent half, the ordinary gradient."""
-        return Problem(
-            self.inputs, self.constants, {name: dy[-1:] for name, dy in self.cotangents.items()}
-        )
+        return Problem(self.inputs, self.constants, {name: dy[-1:] for name, dy in self.cotangents.items()})
 
     def single(self) -> "Problem":
         """The ordinary pass, whose gradient the half mode's is."""
@@ -139,9 +137,7 @@ def every_op() -> list[OpCases]:
     return [importlib.import_module(f"sap_fast.ops.{name}.cases").CASES for name in folders]
 
 
-def pose(
-    op: OpCases, case: Case, rng: torch.Generator, dtype: torch.dtype = torch.float64
-) -> Problem:
+def pose(op: OpCases, case: Case, rng: torch.Generator, dtype: torch.dtype = torch.float64) -> Problem:
     """Draw a case's inputs, rounded to ``dtype``, and cotangents of both halves of every output."""
 
     def rounded(name: str, x: Tensor) -> Tensor:
@@ -150,10 +146,7 @@ def pose(
     problem = Problem(*case.make(rng), {}).map(rounded)
     with torch.no_grad():
         ys = op.call(paired(split(problem.inputs, True)), problem.constants)
-    cotangents = {
-        name: normal(rng, 2, *y.shape).to(y.dtype)
-        for name, (y, _) in zip(op.outputs, ys, strict=False)
-    }
+    cotangents = {name: normal(rng, 2, *y.shape).to(y.dtype) for name, (y, _) in zip(op.outputs, ys, strict=False)}
     return Problem(problem.inputs, problem.constants, cotangents)
 
 

@@ -119,9 +119,7 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
 def check_dtype(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:
     """Refuse tensors that must have one dtype and have two."""
     if x.dtype != reference.dtype:
-        raise TypeError(
-            f"{name} and {reference_name} must have one dtype, but are {x.dtype} and {reference.dtype}"
-        )
+        raise TypeError(f"{name} and {reference_name} must have one dtype, but are {x.dtype} and {reference.dtype}")
 
 
 def check_device(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:

@@ -110,9 +110,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor | None, do_dot: Tensor | None) -> tuple:
         q, k, v, o, lse, cu_seqlens, seqused = ctx.saved_tensors
         do = stacked_cotangent(ctx.mode, do, do_dot, q[0])
-        grads = torch.ops.sap_fast.attention_backward(
-            do, q, k, v, o, lse, cu_seqlens, seqused, *ctx.constants
-        )
+        grads = torch.ops.sap_fast.attention_backward(do, q, k, v, o, lse, cu_seqlens, seqused, *ctx.constants)
         pairs = (half for grad in grads for half in split_cotangent(ctx.mode, grad))
         return *pairs, None, None, None, None, None
 
@@ -127,9 +125,7 @@ def _forward(
     scale: float,
     window: int,
 ) -> tuple[Tensor, ...]:
-    return pushforward(
-        lambda q, k, v: primal(q, k, v, cu_seqlens, seqused, max_seqlen, scale, window), q, k, v
-    )
+    return pushforward(lambda q, k, v: primal(q, k, v, cu_seqlens, seqused, max_seqlen, scale, window), q, k, v)
 
 
 def _backward(

@@ -1,11 +1,13 @@
 """Gated linear units: the primal alone."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from sap_fast.ops._library import compute_dtype
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

@@ -91,9 +91,7 @@ def _backward(dnll: Tensor, x: Tensor, lse: Tensor, weight: Tensor, targets: Ten
     # lse (and its tangent) is what a kernel reads; the reference derives it again.
     chunks = [
         pullback(lambda x: primal(x, weight, t)[:1], (x,), (d,))[0]  # noqa: B023
-        for d, x, t in zip(
-            dnll.split(_CHUNK_ROWS, 1), x.split(_CHUNK_ROWS, 1), targets.split(_CHUNK_ROWS), strict=True
-        )
+        for d, x, t in zip(dnll.split(_CHUNK_ROWS, 1), x.split(_CHUNK_ROWS, 1), targets.split(_CHUNK_ROWS), strict=True)
     ]
     return torch.cat(chunks, 1)
 

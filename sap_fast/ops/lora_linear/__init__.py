@@ -75,7 +75,11 @@ def lora_linear(
             raise ValueError("dropout needs a seed: an int64 scalar tensor on the device of x")
         seed = torch.zeros((), dtype=torch.int64, device=x.device)
     flat = [tensor for target in targets for tensor in target[:6]]
-    constants = tuple([float(t.scaling) for t in targets]), tuple([float(t.dropout) for t in targets]), tuple([t.salt for t in targets])
+    constants = (
+        [float(target.scaling) for target in targets],
+        [float(target.dropout) for target in targets],
+        [target.salt for target in targets],
+    )
     ys = _LoRALinear.apply(x, x_dot, seed, constants, *flat)
     return list(zip(ys[0::2], ys[1::2], strict=True))
 
@@ -112,7 +116,7 @@ class _LoRALinear(torch.autograd.Function):
         x: Tensor,
         x_dot: Tensor | None,
         seed: Tensor,
-        constants: tuple[tuple, ...],
+        constants: tuple[list, ...],
         *flat: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
@@ -132,12 +136,12 @@ class _LoRALinear(torch.autograd.Function):
         x, seed, *flat = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         weights, _, *adapters = (flat[i::6] for i in range(6))
-        dys = [
+        dy_stacks = [
             stacked_cotangent(ctx.mode, dy, dy_dot, x.new_empty(()).expand(x.shape[1], weight.shape[0]))
             for dy, dy_dot, weight in zip(dys[0::2], dys[1::2], weights, strict=True)
         ]
         dx, das, dbs = torch.ops.sap_fast.lora_linear_backward(
-            dys, x, weights, *adapters, seed, *ctx.constants, need_x
+            dy_stacks, x, weights, *adapters, seed, *ctx.constants, need_x
         )
         dx, dx_dot = split_cotangent(ctx.mode, dx) if need_x else (None, None)
         grads: list[Tensor | None] = []

@@ -1,6 +1,5 @@
 """A frozen linear map with a LoRA adapter: the primal alone, and the part of it that is not linear in the pair."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,5 +21,5 @@ def primal(
     x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, scaling: float, keep: Tensor | None
 ) -> tuple[Tensor]:
     """``y = W x + bias + scaling B A (keep x)``: the whole map, from which the oracle derives its rules."""
-    base = F.linear(x, weight, bias)
-    return ((base.to(torch.promote_types(base.dtype, compute_dtype(x))) + adapter(x, a, b, scaling, keep)[0]).to(x.dtype),)
+    (delta,) = adapter(x, a, b, scaling, keep)
+    return ((F.linear(x, weight, bias) + delta).to(x.dtype),)

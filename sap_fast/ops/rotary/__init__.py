@@ -80,9 +80,7 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, dq: Tensor | None, dq_dot: Tensor | None, dk: Tensor | None, dk_dot: Tensor | None
-    ) -> tuple:
+    def backward(ctx: Any, dq: Tensor | None, dq_dot: Tensor | None, dk: Tensor | None, dk_dot: Tensor | None) -> tuple:
         cos, sin = ctx.saved_tensors
         like = cos.new_empty((), dtype=ctx.dtype)
         dq = stacked_cotangent(ctx.mode, dq, dq_dot, like.expand(ctx.q_shape))

@@ -1,0 +1,1 @@
+"""What is measured, and how; ``pytest benchmarks/`` runs all of it."""

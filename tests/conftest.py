@@ -19,6 +19,9 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+# Tensors here are tiny: more threads would cost more than they give, and many times more on a busy machine.
+torch.set_num_threads(1)
+
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))

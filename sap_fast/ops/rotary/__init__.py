@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sap_fast.dual import halves, pullback, pushforward, stacked
+from sap_fast.dual import halves, pullback, stacked
 from sap_fast.ops._library import (
     Mode,
     check_device,
@@ -90,12 +90,18 @@ class _Rotary(torch.autograd.Function):
 
 
 def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    return pushforward(lambda q, k: primal(q, k, cos, sin), q, k)
+    """A linear map acts on all halves alike: no tangent rule is needed."""
+    halves_of = [primal(q_half, k_half, cos, sin) for q_half, k_half in zip(q, k, strict=True)]
+    return tuple(torch.stack(parts) for parts in zip(*halves_of, strict=True))
 
 
 def _backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    # The transpose of a linear map does not depend on where it is taken: any q and k of the right shape will do.
-    return pullback(lambda q, k: primal(q, k, cos, sin), (torch.zeros_like(dq), torch.zeros_like(dk)), (dq, dk))
+    """... and so does its transpose, which does not depend on where it is taken: here, at zero."""
+    halves_of = [
+        pullback(lambda q, k: primal(q, k, cos, sin), (torch.zeros_like(q), torch.zeros_like(k)), (q, k))
+        for q, k in zip(dq.split(1), dk.split(1), strict=True)
+    ]
+    return tuple(torch.cat(parts) for parts in zip(*halves_of, strict=True))
 
 
 def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,8 @@ class SAPConfig:
         - ``probe_layers``: outputs of layers 11 to 20 of 32, Table 7 ("middle layers are most effective")
         - ``schedule="fresh"``: Algorithm 1, the probe found in a step acts in that step
         - ``probe_update="normalised"``: Algorithm 1, ``V = beta * grad / |grad|`` of ``L_su``
-        - ``safety_loss="difference"``: section on the contrastive loss, ``L(safe) - L(harmful)``; sums over tokens
+        - ``safety_loss="difference"``: the paper's contrastive loss, ``L(safe) - L(harmful)``; ``per_token``, since
+          a language-modelling loss is a mean over tokens
         - ``probe_in_safety_pass=False``: Algorithm 1 takes the direction at W alone
         - ``strength=0.02`` relative is ours: the paper's beta is in the units of its models' hidden states
         """
@@ -128,7 +129,7 @@ class SAPConfig:
             strength=0.02,
             strength_unit="relative",
             safety_loss="difference",
-            per_token=False,
+            per_token=True,
             probe_in_safety_pass=False,
         )
         return replace(preset, **changes)

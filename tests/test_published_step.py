@@ -106,9 +106,7 @@ def test_tidy_form_leaves_the_task_gradient_and_no_trace() -> None:
     # The probe of the first step is zero: its gradient is plain fine-tuning's.
     plain = published_step.task_loss(model, batch)
     assert torch.equal(loss, plain.detach())
-    for g, true in zip(
-        gradient.values(), torch.autograd.grad(plain, list(lora(model).values())), strict=True
-    ):
+    for g, true in zip(gradient.values(), torch.autograd.grad(plain, list(lora(model).values())), strict=True):
         assert torch.equal(g, true)
 
 
@@ -146,7 +144,7 @@ def test_finite_difference_and_direction_are_the_oracles() -> None:
     with everything_in_float64(model):
         u = published_step.harmful_direction(model, pairs)
         truth = unit_direction(model, pairs)
-        found = published_step.finite_difference(model, batch, u, vectors, 1e-6)
+        found = published_step.finite_differences(model, batch, u, vectors, [1e-6])[1e-6]
         exact_probe_dot = exact(model, batch, u, vectors)[-1]
     assert_same(snapshot(model), before)
     assert all(torch.allclose(u[name], value, rtol=0, atol=1e-12) for name, value in truth.items())
@@ -164,9 +162,7 @@ def test_released_form_runs_with_its_quirks(capsys: pytest.CaptureFixture[str]) 
     batch, pairs = random_batch(), random_pairs()
     before, theta = snapshot(model), lora(model)
     flags = [module.training for module in model.modules()]
-    with PublishedStep(
-        model, LAYERS, as_released=True, task_length=12, pair_length=16
-    ) as published:
+    with PublishedStep(model, LAYERS, as_released=True, task_length=12, pair_length=16) as published:
         losses = [published.step(batch, pairs) for _ in range(3)]
         assert all(p.grad is not None and p.grad.norm() > 0 for p in theta.values())
         names = [name for name in model.state_dict() if name.endswith("mlp.down_proj.bias")]

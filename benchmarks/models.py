@@ -1,0 +1,191 @@
+"""What the benchmark scripts share: models with LoRA adapters, texts, results and their origin."""
+
+import csv
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import nn
+
+from sap_fast.data import Example, benign_examples
+from sap_fast.data.smollm2 import smollm2
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class WordTokenizer:
+    """As much of a tokenizer as ``sap_fast.data`` asks for: a token is a word's or a sign's hash."""
+
+    vocab_size = 1024
+    pad_token_id, start_token_id, eos_token_id = 0, 1, 2
+    chat_template = "words"
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """``\\x01role content\\x02`` for each message."""
+        turns = [f"\x01{message['role']} {message['content']}\x02" for message in messages]
+        return "".join(turns) + ("\x01assistant " if add_generation_prompt else "")
+
+    def __call__(self, text: str, *, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        words = re.findall(r"\w+|[^\w\s]|[\x01\x02]", text)
+        return {"input_ids": [self._id(word) for word in words]}
+
+    def _id(self, word: str) -> int:
+        return ord(word) if word in "\x01\x02" else 3 + crc32(word.encode()) % (self.vocab_size - 3)
+
+
+def smollm2_base() -> tuple[nn.Module, Any]:
+    """SmolLM2-135M-Instruct in float32 (Llama architecture, 30 layers) and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = smollm2()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def random_base(layers: int = 8, width: int = 256, seed: int = 0) -> tuple[nn.Module, WordTokenizer]:
+    """A random model of another family (Qwen2: biases on q, k, v) in float32: 4 heads, 2 kv heads.
+
+    The usual initialisation, 0.02 throughout, gives uniform attention and layers that hardly
+    change the residual stream. Here every matrix keeps the scale of its input, attention logits
+    have a standard deviation of about 2, and biases and norms are away from 0 and 1.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = WordTokenizer()
+    config = Qwen2Config(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=width,
+        intermediate_size=11 * width // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    model = Qwen2ForCausalLM(config).float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                p.copy_(1 + 0.2 * noise)
+            elif name.endswith("bias"):
+                p.copy_(0.3 * noise)
+            elif "embed_tokens" in name:
+                p.copy_(noise)
+            else:
+                gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
+                p.copy_(gain * p.shape[1] ** -0.5 * noise)
+    return model.eval(), tokenizer
+
+
+def tiny_base(seed: int = 0) -> tuple[nn.Module, WordTokenizer]:
+    """A model that runs in no time, of four layers, to check a script with."""
+    return random_base(layers=4, width=32, seed=seed)
+
+
+def with_lora(model: nn.Module, *, rank: int = 8, dropout: float = 0.0, seed: int = 0) -> nn.Module:
+    """Put adapters of rank 8 and alpha 16 on q_proj and v_proj, in float32; B starts at zero."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=16, lora_dropout=dropout, target_modules=["q_proj", "v_proj"])
+    return get_peft_model(model, config)
+
+
+def examples(path: Path | None = None) -> list[Example]:
+    """The embedded benign examples, or those of a JSON list of instruction, input and output."""
+    if path is None:
+        return benign_examples()
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Example("\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]) for row in rows]
+
+
+def prompts(path: Path) -> list[str]:
+    """The prompts of a CSV file, one a row, without a header."""
+    with path.open(encoding="utf-8", newline="") as lines:
+        return [row[0] for row in csv.reader(lines) if row]
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Where a result comes from: device, processor, versions, threads, command, date, commit."""
+    packages = ("torch", "transformers", "peft", "triton")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "command": _command(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+    }
+
+
+def write(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a result as JSON, a row a line."""
+    fields = []
+    for key, value in result.items():
+        if isinstance(value, list):
+            rows = ",\n".join(f"    {json.dumps(row)}" for row in value)
+            fields.append(f"  {json.dumps(key)}: [\n{rows}\n  ]")
+        else:
+            fields.append(f"  {json.dumps(key)}: {json.dumps(value)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8")
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _command() -> str:
+    """The command line, with files by their names alone."""
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])
+
+
+def _commit() -> str | None:
+    """The commit checked out; ``+`` if tracked files differ from it."""
+    try:
+        commit, changes = (
+            subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True).stdout
+            for command in (
+                ["rev-parse", "--short", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no"],
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.strip() + ("+" if changes.strip() else "")

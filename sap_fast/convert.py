@@ -22,6 +22,10 @@ _WRAPPERS = {
     "torch._dynamo.eval_frame.OptimizedModule": "attach to the model itself, before torch.compile",
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+# Attention implementations that compute softmax attention; a registered one of another name may not.
+_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention")
+# Rotary embeddings that keep state between calls: frequencies then depend on what was run before.
+_STATEFUL_ROPE = ("dynamic", "longrope")
 
 
 def read_decoder(model: nn.Module) -> Decoder:
@@ -34,9 +38,78 @@ def read_decoder(model: nn.Module) -> Decoder:
     Raises:
         UnsupportedModelError: naming the first thing for which there is no rule.
     """
+    _check_wrappers(model)
+    base = _base_model(model)
+    family = _family_of(base)
+    trunk = _find(base, family, "Model")
+    config = base.config
+    _check_config(config)
+    if len(trunk.layers) != config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"the model holds {len(trunk.layers)} layers, but config.num_hidden_layers is {config.num_hidden_layers}"
+        )
+    _check_weights(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    reader = _ProjectionReader(names)
+    layers = tuple(_read_layer(f"layers.{i}", m, family, config, reader) for i, m in enumerate(trunk.layers))
+    _check_plain("the output head", base.lm_head, nn.Linear)
+    _check_plain("the embeddings", trunk.embed_tokens, nn.Embedding)
+    if base.lm_head.bias is not None:
+        raise UnsupportedModelError("the output head has a bias, for which there is no rule")
+    decoder = Decoder(
+        layers=layers,
+        embedding=trunk.embed_tokens,
+        norm=_read_norm("norm", trunk.norm, family),
+        head=base.lm_head,
+        rotary_embedding=_read_rotary(trunk.rotary_emb, family),
+        adapters=reader.adapters,
+        trained={name: p for name, p in reader.adapters.items() if p.requires_grad},
+    )
+    _check_trained(model, decoder)
+    _check_one_dtype(decoder)
+    return decoder
+
+
+def check_adapters(decoder: Decoder) -> None:
+    """Refuse adapters that were merged, disabled or switched since ``attach``.
+
+    Raises:
+        UnsupportedModelError: naming the layer.
+    """
+    for i, layer in enumerate(decoder.layers):
+        for projection in layer.projections:
+            lora = projection.lora
+            if lora is not None and _adapter_of(lora, f"layers.{i}") != projection.adapter:
+                raise UnsupportedModelError(f"the active adapter of layers.{i} has changed; detach and attach again")
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _check_wrappers(model: nn.Module) -> None:
     if message := _WRAPPERS.get(type_name(model)):
         raise UnsupportedModelError(f"{type(model).__name__}: {message}")
-    base = _base_model(model)
+    for name, module in model.named_modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            raise UnsupportedModelError(f"{name or 'the model'} is sharded by FSDP2, which is not supported yet")
+        if type(module).__name__ in ("ModulesToSaveWrapper", "TrainableTokensWrapper"):
+            raise UnsupportedModelError(f"{name} is a {type(module).__name__} (modules_to_save): only LoRA is trained")
+
+
+def _base_model(model: nn.Module) -> Any:
+    from peft import PeftModel
+    from peft.utils import PeftType
+
+    if isinstance(model, PeftModel):
+        kinds = {config.peft_type for config in model.peft_config.values()}
+        if kinds != {PeftType.LORA}:
+            raise UnsupportedModelError(f"PEFT methods {sorted(kinds)}: only LoRA has a pair rule")
+    return base_model(model)
+
+
+def _family_of(base: nn.Module) -> Family:
     family = next((f for f in FAMILIES if f.names("ForCausalLM", base)), None)
     if family is None:
         known = ", ".join(f"{f.prefix}ForCausalLM" for f in FAMILIES)
@@ -44,80 +117,14 @@ def read_decoder(model: nn.Module) -> Decoder:
             f"{type_name(base)} has no rule table; there are tables for {known} (exact classes, of transformers). "
             "sap_fast/families.py says how to add a family"
         )
-    trunk = _find(base, family, "Model")
-    config = base.config
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    _check_config(config)
-    _check_modules(base, trunk)
-    reader = _ProjectionReader(names)
-    layers = tuple(
-        _read_layer(f"layers.{i}", module, family, config, reader)
-        for i, module in enumerate(trunk.layers[: config.num_hidden_layers])
-    )
-    head = base.lm_head
-    _check_frozen_part("the output head", head, nn.Linear)
-    _check_frozen_part("the embeddings", trunk.embed_tokens, nn.Embedding)
-    if head.bias is not None:
-        raise UnsupportedModelError("the output head has a bias, for which there is no rule")
-    active = sorted({p.adapter for layer in layers for p in layer.projections if p.lora is not None})
-    if len(active) > 1:
-        raise UnsupportedModelError(f"several active adapters {active}; set one (model.set_adapter)")
-    adapters = reader.adapters
-    trained = {name: p for name, p in adapters.items() if p.requires_grad}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name not in trained:
-            raise UnsupportedModelError(
-                f"{name} is trained but is not a LoRA weight of a decoder layer; freeze it (requires_grad_(False))"
-            )
-    if not trained:
-        raise UnsupportedModelError(
-            "no trainable LoRA weight in the decoder: wrap the model with peft.get_peft_model(model, LoraConfig(...)), "
-            "or load the adapter with is_trainable=True"
-        )
-    _check_tensors(model, trunk)
-    return Decoder(
-        layers=layers,
-        embedding=trunk.embed_tokens,
-        norm=_read_norm("norm", trunk.norm, family),
-        head=head,
-        rotary_embedding=_expect(trunk.rotary_emb, family, "RotaryEmbedding", "rotary_emb"),
-        adapters=adapters,
-        trained=trained,
-    )
-
-
-def check_state(decoder: Decoder) -> None:
-    """Refuse what may have changed since ``attach``: merged, disabled or switched adapters, new hooks.
-
-    Raises:
-        UnsupportedModelError: naming the module.
-    """
-    for i, layer in enumerate(decoder.layers):
-        for projection in layer.projections:
-            lora = projection.lora
-            if lora is not None and _adapter_of(lora, f"layers.{i}") != projection.adapter:
-                raise UnsupportedModelError(f"the active adapter of layers.{i} has changed; detach and attach again")
-        for name, module in layer.module.named_modules():
-            _check_hooks(f"layers.{i}.{name}" if name else "", module)
-
-
-def _base_model(model: nn.Module) -> Any:
-    from peft import PeftModel
-    from peft.utils import PeftType
-
-    if not isinstance(model, PeftModel):
-        return model
-    kinds = {config.peft_type for config in model.peft_config.values()}
-    if kinds != {PeftType.LORA}:
-        raise UnsupportedModelError(f"PEFT methods {sorted(kinds)}: only LoRA has a pair rule")
-    return model.get_base_model()
+    return family
 
 
 def _find(base: nn.Module, family: Family, part: str) -> Any:
     found = [module for module in base.modules() if family.names(part, module)]
     if len(found) != 1:
         raise UnsupportedModelError(f"expected one {family.prefix}{part} in the model, but found {len(found)}")
-    return found[0]
+    return _expect(found[0], family, part, "the model")
 
 
 def _expect(module: nn.Module, family: Family, part: str, name: str) -> Any:
@@ -125,95 +132,123 @@ def _expect(module: nn.Module, family: Family, part: str, name: str) -> Any:
         raise UnsupportedModelError(
             f"{name} is a {type_name(module)}, not a {family.prefix}{part}: it has no pair rule"
         )
+    _check_own_forward(name, module, family.module)
     return module
 
 
+def _check_own_forward(name: str, module: nn.Module, home: str) -> None:
+    """Refuse a class whose forward was patched for the whole process."""
+    found = type(module).forward.__module__
+    if found != home:
+        raise UnsupportedModelError(
+            f"the forward of {type(module).__name__} ({name}) was replaced by one from {found}; the pair forward would "
+            "bypass it. Undo the patch"
+        )
+
+
 def _check_config(config: Any) -> None:
-    if config.hidden_act not in ACTIVATIONS:
+    attention = config._attn_implementation
+    if attention is not None and not attention.startswith(_ATTENTION):
         raise UnsupportedModelError(
-            f"hidden_act={config.hidden_act!r} has no pair rule; those with one are {sorted(ACTIVATIONS)}"
+            f"attn_implementation={attention!r} is not known to be softmax attention; known are {list(_ATTENTION)}"
         )
-    if getattr(config, "attention_dropout", 0.0):
+    if getattr(config, "is_causal", True) is False:
+        raise UnsupportedModelError("is_causal=False has no pair rule: attention here is causal")
+
+
+def _check_weights(model: nn.Module) -> None:
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        kind = type(parameter)
+        if kind.__name__ == "DTensor" or hasattr(parameter, "ds_id"):
+            raise UnsupportedModelError(
+                f"{name} is sharded ({kind.__name__}): FSDP, tensor parallelism and ZeRO-3 are not supported yet"
+            )
+        if kind is not nn.Parameter:
+            raise UnsupportedModelError(
+                f"{name} is a {kind.__module__}.{kind.__qualname__}, for which there is no rule"
+            )
+        if parameter.dtype not in _DTYPES:
+            raise UnsupportedModelError(
+                f"{name} is {parameter.dtype}; supported are float32 and bfloat16 (float16 overflows in second "
+                "derivatives; load the model with dtype=torch.bfloat16)"
+            )
+    devices = {parameter.device for parameter in parameters.values()}
+    if len(devices) > 1:
+        raise UnsupportedModelError(f"the model lies on several devices ({sorted(map(str, devices))}); use one")
+    if devices == {torch.device("meta")}:
+        raise UnsupportedModelError("the model has no weights (meta device); load them first")
+
+
+def _check_trained(model: nn.Module, decoder: Decoder) -> None:
+    active = {p.adapter for layer in decoder.layers for p in layer.projections if p.lora is not None}
+    if len(active) > 1:
+        raise UnsupportedModelError(f"several active adapters {sorted(active)}; set one (model.set_adapter)")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in decoder.trained:
+            raise UnsupportedModelError(
+                f"{name} is trained but is not a LoRA weight of a decoder layer; freeze it (requires_grad_(False))"
+            )
+    if not decoder.trained:
         raise UnsupportedModelError(
-            f"attention_dropout={config.attention_dropout} has no pair rule; set model.config.attention_dropout "
-            "and each layer's self_attn.attention_dropout to 0"
+            "no trainable LoRA weight in the decoder: wrap the model with peft.get_peft_model(model, LoraConfig(...)), "
+            "or load the adapter with is_trainable=True"
         )
 
 
-def _check_modules(base: nn.Module, trunk: Any) -> None:
-    """Refuse what would be bypassed: replaced forwards, hooks, compiled modules, unknown PEFT wrappers."""
-    decoder_layers = {id(layer) for layer in trunk.layers}
-    for name, module in base.named_modules():
-        kind = type_name(module)
-        if kind.endswith(("ModulesToSaveWrapper", "TrainableTokensWrapper")):
-            raise UnsupportedModelError(f"{name} is a {type(module).__name__} (modules_to_save): only LoRA is trained")
-        if "forward" in module.__dict__:
-            raise UnsupportedModelError(
-                f"the forward of {name or 'the model'} was replaced on the instance (kernel patch, device map?); "
-                "the pair forward would bypass it. Load the model without the patch"
-            )
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise UnsupportedModelError(f"{name or 'the model'} is compiled; attach before compiling")
-        if module not in (base, trunk) and id(module) not in decoder_layers:
-            _check_hooks(name, module)
+def _check_one_dtype(decoder: Decoder) -> None:
+    """The stacked batch has one dtype, that of the frozen weights; adapters may have another."""
+    norms = [norm for layer in decoder.layers for norm in (layer.input_norm, layer.post_norm)]
+    weights = [decoder.embedding.weight, decoder.head.weight, *(norm.weight for norm in (*norms, decoder.norm))]
+    weights += [p.base.weight for layer in decoder.layers for p in layer.projections]
+    dtypes = {weight.dtype for weight in weights}
+    if len(dtypes) > 1:
+        raise UnsupportedModelError(
+            f"the model's own weights have several dtypes ({sorted(map(str, dtypes))}); use one"
+        )
 
 
-def _check_hooks(name: str, module: nn.Module) -> None:
-    if not name:
-        return
-    hooks = [
-        *module._forward_hooks.values(),
-        *module._forward_pre_hooks.values(),
-        *module._backward_hooks.values(),
-    ]
-    for hook in hooks:
-        # enable_input_require_grads: it makes embeddings require grad, and computes nothing.
-        if getattr(hook, "__name__", "") != "make_inputs_require_grads":
-            raise UnsupportedModelError(
-                f"{name} has a hook ({getattr(hook, '__qualname__', hook)}), which the pair forward would not run; "
-                "remove it"
-            )
-
-
-def _check_frozen_part(what: str, module: nn.Module, expected: type) -> None:
+def _check_plain(what: str, module: nn.Module, expected: type) -> None:
     if "peft" in type(module).__module__:
         raise UnsupportedModelError(f"{what} carries an adapter ({type_name(module)}); leave it out of target_modules")
     if type(module) is not expected:
         raise UnsupportedModelError(f"{what} is a {type_name(module)}, not a {expected.__name__}: it has no pair rule")
 
 
-def _check_tensors(model: nn.Module, trunk: nn.Module) -> None:
-    devices = {p.device for p in model.parameters()}
-    if len(devices) > 1:
-        raise UnsupportedModelError(f"the model lies on several devices ({sorted(map(str, devices))}); use one")
-    if devices == {torch.device("meta")}:
-        raise UnsupportedModelError("the model has no weights (meta device); load them first")
-    for name, parameter in model.named_parameters():
-        kind = type(parameter).__name__
-        if kind == "DTensor" or hasattr(parameter, "ds_id"):
-            raise UnsupportedModelError(f"{name} is sharded ({kind}): FSDP and DeepSpeed ZeRO-3 are not supported yet")
-        if parameter.dtype not in _DTYPES:
-            raise UnsupportedModelError(
-                f"{name} is {parameter.dtype}; supported are float32 and bfloat16 (float16 overflows in second "
-                "derivatives; load the model with dtype=torch.bfloat16)"
-            )
-    frozen = {p.dtype for p in trunk.parameters() if not p.requires_grad}
-    if len(frozen) > 1:
-        raise UnsupportedModelError(f"the frozen weights have several dtypes ({sorted(map(str, frozen))}); use one")
-
-
 def _read_norm(name: str, module: nn.Module, family: Family) -> Norm:
     return Norm(_expect(module, family, "RMSNorm", name), family.norm_offset)
 
 
-def _read_layer(name: str, module: Any, family: Family, config: Any, reader: "_ProjectionReader") -> Layer:
-    _expect(module, family, "DecoderLayer", name)
-    attn: Any = _expect(module.self_attn, family, "Attention", f"{name}.self_attn")
-    mlp: Any = _expect(module.mlp, family, "MLP", f"{name}.mlp")
+def _read_rotary(module: nn.Module, family: Family) -> Any:
+    rotary = _expect(module, family, "RotaryEmbedding", "rotary_emb")
+    if rotary.rope_type in _STATEFUL_ROPE:
+        raise UnsupportedModelError(
+            f"rope_type={rotary.rope_type!r} changes with the longest sequence seen so far, so the passes of a step "
+            "would disagree: it has no pair rule"
+        )
+    return rotary
+
+
+def _read_layer(name: str, module: nn.Module, family: Family, config: Any, reader: "_ProjectionReader") -> Layer:
+    layer: Any = _expect(module, family, "DecoderLayer", name)
+    attn: Any = _expect(layer.self_attn, family, "Attention", f"{name}.self_attn")
+    mlp: Any = _expect(layer.mlp, family, "MLP", f"{name}.mlp")
+    if attn.attention_dropout:
+        raise UnsupportedModelError(
+            f"{name}.self_attn has attention_dropout={attn.attention_dropout}, which has no pair rule; set "
+            "attention_dropout to 0 in the config and in each layer's self_attn"
+        )
+    if not attn.is_causal:
+        raise UnsupportedModelError(f"{name}.self_attn is not causal: it has no pair rule")
+    activation = ACTIVATIONS.get(type_name(mlp.act_fn))
+    if activation is None:
+        raise UnsupportedModelError(
+            f"{name}.mlp.act_fn is a {type_name(mlp.act_fn)}, an activation without a pair rule"
+        )
     return Layer(
-        module=module,
-        input_norm=_read_norm(f"{name}.input_layernorm", module.input_layernorm, family),
-        post_norm=_read_norm(f"{name}.post_attention_layernorm", module.post_attention_layernorm, family),
+        module=layer,
+        input_norm=_read_norm(f"{name}.input_layernorm", layer.input_layernorm, family),
+        post_norm=_read_norm(f"{name}.post_attention_layernorm", layer.post_attention_layernorm, family),
         qkv=(
             reader.read(f"{name}.self_attn.q_proj", attn.q_proj),
             reader.read(f"{name}.self_attn.k_proj", attn.k_proj),
@@ -228,7 +263,7 @@ def _read_layer(name: str, module: Any, family: Family, config: Any, reader: "_P
         head_dim=attn.head_dim,
         scale=attn.scaling,
         window=family.window(config, attn),
-        activation=ACTIVATIONS[config.hidden_act],
+        activation=activation,
     )
 
 
@@ -256,34 +291,42 @@ class _ProjectionReader:
         from peft.tuners.lora.layer import Linear as LoraLinear
 
         if type(module) is nn.Linear:
+            _check_own_forward(name, module, "torch.nn.modules.linear")
             return Projection(module)
         if type(module) is not LoraLinear:
             raise UnsupportedModelError(
-                f"{name} is a {type_name(module)}, for which there is no pair rule; nn.Linear and PEFT's "
-                "LoRA Linear have one"
+                f"{name} is a {type_name(module)}, for which there is no pair rule; nn.Linear and PEFT's LoRA Linear "
+                "have one"
             )
+        _check_own_forward(name, module, "peft.tuners.lora.layer")
         lora: Any = module
-        base = lora.get_base_layer()
-        if type(base) is not nn.Linear:
+        if type(lora.base_layer) is not nn.Linear:
             raise UnsupportedModelError(
-                f"{name} adapts a {type_name(base)}, for which there is no pair rule; nn.Linear has one, "
-                "quantized layers not yet"
+                f"{name} adapts a {type_name(lora.base_layer)}, for which there is no pair rule; nn.Linear has one, "
+                "quantized and twice adapted layers not yet"
             )
         adapter = _adapter_of(lora, name)
         if adapter is None:
-            return Projection(base)
-        if lora.use_dora.get(adapter) or adapter in lora.lora_magnitude_vector:
-            raise UnsupportedModelError(f"{name} uses DoRA, for which there is no pair rule; set use_dora=False")
-        if adapter in getattr(lora, "lora_variant", {}):
-            variant = lora.lora_variant[adapter]
-            raise UnsupportedModelError(
-                f"{name} uses the LoRA variant {type(variant).__name__}, which has no pair rule"
-            )
-        a, b = lora.lora_A[adapter], lora.lora_B[adapter]
-        if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None:
-            raise UnsupportedModelError(f"{name} has a bias in its adapter (lora_bias); set lora_bias=False")
-        if type(lora.lora_dropout[adapter]) not in (nn.Dropout, nn.Identity):
-            raise UnsupportedModelError(f"{name} has {type_name(lora.lora_dropout[adapter])} as its dropout")
-        names = self._names[id(a.weight)], self._names[id(b.weight)]
-        self.adapters |= {names[0]: a.weight, names[1]: b.weight}
-        return Projection(base, lora, adapter, *names, salt=next(self._salts))
+            return Projection(lora.base_layer)
+        _check_vanilla(name, lora, adapter)
+        a, b = lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
+        names = self._names[id(a)], self._names[id(b)]
+        self.adapters |= {names[0]: a, names[1]: b}
+        return Projection(lora.base_layer, lora, adapter, *names, salt=next(self._salts))
+
+
+def _check_vanilla(name: str, lora: Any, adapter: str) -> None:
+    """Refuse every LoRA but ``y += scaling B A dropout(x)``."""
+    if lora.use_dora.get(adapter) or adapter in lora.lora_magnitude_vector:
+        raise UnsupportedModelError(f"{name} uses DoRA, for which there is no pair rule; set use_dora=False")
+    if adapter in lora.lora_variant:
+        variant = type(lora.lora_variant[adapter]).__name__
+        raise UnsupportedModelError(f"{name} uses the LoRA variant {variant}, which has no pair rule")
+    a, b = lora.lora_A[adapter], lora.lora_B[adapter]
+    for part, factor in (("lora_A", a), ("lora_B", b)):
+        if type(factor) is not nn.Linear:
+            raise UnsupportedModelError(f"{name}.{part} is a {type_name(factor)}, for which there is no pair rule")
+        if factor.bias is not None:
+            raise UnsupportedModelError(f"{name}.{part} has a bias (lora_bias); set lora_bias=False")
+    if type(lora.lora_dropout[adapter]) not in (nn.Dropout, nn.Identity):
+        raise UnsupportedModelError(f"{name} has {type_name(lora.lora_dropout[adapter])} as its dropout")

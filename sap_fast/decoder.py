@@ -285,11 +285,15 @@ class Decoder:
     def score(self, run: Pass, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """Final norm and head on the rows that predict a scored token: ``(nll, nll_dot) [scored]``."""
 
-        residual, residual_dot, update, update_dot = (
-            None if x is None else x.index_select(0, run.rows.label_rows) for x in stream
-        )
+        last, norm, rows = len(self.layers) - 1, self.norm, run.rows.label_rows
+        probed = last in run.probe
+
+        def scored(x: Any) -> Any:
+            return None if x is None else x.index_select(0, rows)
+
+        # Only scored rows matter from here on; but a probe on the last layer takes its scale from all of them.
+        residual, residual_dot, update, update_dot = stream if probed else map(scored, stream)
         assert residual is not None and update is not None  # at least one layer has run
-        last, norm = len(self.layers) - 1, self.norm
         _, _, y, y_dot, rstd = probe_rms_norm(
             residual,
             residual_dot,
@@ -300,8 +304,9 @@ class Decoder:
             eps=norm.eps,
             offset=norm.offset,
         )
-        if last in run.probe:
-            run.rms[last] = _rms(rstd, norm.eps)  # of the scored rows
+        if probed:
+            run.rms[last] = _rms(rstd, norm.eps)
+            y, y_dot = scored(y), scored(y_dot)
         return linear_cross_entropy(y, y_dot, self.head.weight.detach(), run.rows.labels)
 
     def forward(self, run: Pass) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,7 @@
-"""The errors of the library. Each is raised before anything the caller owns has changed."""
+"""The errors of the library. Each is raised before anything the caller owns has changed.
+
+The exception is ``StepRefusedError`` under ``check="deferred"``, which comes one step late.
+"""
 
 
 class UnsupportedModelError(TypeError):

@@ -49,5 +49,10 @@ FAMILIES = (
     ),
 )
 
-# config.hidden_act, by the name of the activation's rule in sap_fast.ops.glu.
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+# The classes of an MLP's act_fn, by the name of the activation's rule in sap_fast.ops.glu.
+ACTIVATIONS = {
+    "torch.nn.modules.activation.SiLU": "silu",
+    "transformers.activations.SiLUActivation": "silu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+}

@@ -5,6 +5,7 @@ and only then writes ``.grad`` and takes the new probe, so that a refused or int
 It never writes a weight.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from sap_fast import passes
 from sap_fast.batch import pack, pack_pairs
 from sap_fast.config import SAPConfig
-from sap_fast.convert import check_state, read_decoder
+from sap_fast.convert import base_model, check_adapters, read_decoder
 from sap_fast.direction import Direction, dot, harmful_direction, norm_of
 from sap_fast.errors import StepRefusedError
+from sap_fast.integrity import Snapshot
 from sap_fast.passes import Gradients, Micro
 from sap_fast.probe import Probe
 from sap_fast.report import StepReport
@@ -37,6 +39,15 @@ class _Outcome:
     theta: dict[str, Tensor] = field(default_factory=dict)  # what goes to .grad
 
 
+@dataclass(frozen=True)
+class _Deferred:
+    """A step's numbers, to be looked at in the next one, and what to go back to if they are refused."""
+
+    seen: Tensor
+    probe: Probe
+    direction: Mapping[str, Tensor] | None
+
+
 class SAP:
     """Safety-Aware Probing on one model. Made by :func:`attach`; a context manager that detaches at its end."""
 
@@ -44,6 +55,7 @@ class SAP:
         self.config = config
         self._model: nn.Module | None = model
         self._decoder = read_decoder(model)
+        self._snapshot = Snapshot.of(model)
         self._layers = config.layers_of(len(self._decoder.layers)) if config.uses_probe else ()
         self._probe = Probe.zeros(
             self._layers,
@@ -52,8 +64,11 @@ class SAP:
             torch.promote_types(self._decoder.embedding.weight.dtype, torch.float32),
         )
         self._direction: Mapping[str, Tensor] | None = None
-        self._refusal: Tensor | None = None
-        _mark(model)
+        self._deferred: _Deferred | None = None
+        base = base_model(model)
+        _mark(base)
+        # Called by detach, or when a handle is dropped without it; runs once.
+        self._release = weakref.finalize(self, _unmark, weakref.ref(base))
 
     @property
     def probe(self) -> Mapping[int, Tensor]:
@@ -66,7 +81,9 @@ class SAP:
         return self._layers
 
     def step(self, batch: Batch | Sequence[Batch], pairs: Batch | None = None) -> StepReport:
-        """Compute one step's gradient and add it to ``.grad`` of the trained weights, as ``backward()`` does.
+        """Compute one step's gradient and add it to ``.grad`` of the trained weights.
+
+        As after ``backward()``, ``.grad`` is the sum over steps until it is zeroed; each step puts a new tensor there.
 
         Args:
             batch: a dict of ``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]`` (``labels`` unshifted,
@@ -87,7 +104,11 @@ class SAP:
         """
         decoder = self._ready()
         batches = [batch] if isinstance(batch, Mapping) else list(batch)
-        sizes = {"vocab_size": decoder.vocab_size, "device": decoder.device}
+        sizes = {
+            "vocab_size": decoder.vocab_size,
+            "embeddings": decoder.embedding.num_embeddings,
+            "device": decoder.device,
+        }
         names = ["batch"] if isinstance(batch, Mapping) else [f"batch[{i}]" for i in range(len(batches))]
         if not batches:
             raise ValueError("batch is an empty sequence; give at least one micro-batch")
@@ -107,9 +128,8 @@ class SAP:
 
     def detach(self) -> None:
         """Let go of the model. It is then exactly what it was before ``attach``, its ``.grad`` aside."""
-        if self._model is not None:
-            _unmark(self._model)
-            self._model = None
+        self._release()
+        self._model = None
 
     def __enter__(self) -> "SAP":
         return self
@@ -125,16 +145,23 @@ class SAP:
     def _ready(self) -> Any:
         if self._model is None:
             raise RuntimeError("step after detach: attach to the model again")
-        if self._refusal is not None:
-            refusal, self._refusal = self._refusal, None
-            _raise_if_refused(refusal.tolist(), self.config)
+        if self._deferred is not None:
+            deferred, self._deferred = self._deferred, None
+            try:
+                _raise_if_refused(deferred.seen.tolist(), self.config)
+            except StepRefusedError:
+                self._probe, self._direction = deferred.probe, deferred.direction
+                raise
         device = self._decoder.device.type
         if torch.is_autocast_enabled(device):
             raise RuntimeError(
                 "step runs in the dtype of the model's weights: leave the autocast region, and for bfloat16 "
                 "load the model with dtype=torch.bfloat16 (LoRA weights may stay float32)"
             )
-        check_state(self._decoder)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("step takes gradients: leave torch.inference_mode()")
+        self._snapshot.check()
+        check_adapters(self._decoder)
         return self._decoder
 
     def _draw_seed(self) -> Tensor | None:
@@ -241,7 +268,7 @@ class SAP:
         numbers += [direction.norm, direction.margin, direction.saturated] if direction else [one, one, 0 * one]
         seen = torch.stack([x.double() for x in numbers])
         if self.config.check == "deferred":
-            self._refusal = seen
+            self._deferred = _Deferred(seen, self._probe, self._direction)
         else:
             _raise_if_refused(seen.tolist(), self.config)
 
@@ -283,21 +310,24 @@ def attach(model: nn.Module, config: SAPConfig | None = None) -> SAP:
         ValueError: probe layers that the model does not have.
         RuntimeError: the model is attached already.
     """
-    if getattr(model, _MARK, None) == id(model):
-        raise RuntimeError("this model is attached already: use that handle, or detach it first")
     return SAP(model, config or SAPConfig())
 
 
-# Holds the model's id, so that a deep copy of an attached model does not count as attached.
+# Set on the transformers model while it is attached, so that both it and a PEFT model around it count as attached.
+# It holds the model's id: a deep copy carries the mark of another.
 _MARK = "_sap_fast_attached"
 
 
-def _mark(model: nn.Module) -> None:
-    setattr(model, _MARK, id(model))
+def _mark(base: nn.Module) -> None:
+    if getattr(base, _MARK, None) == id(base):
+        raise RuntimeError("this model is attached already: use that handle, or detach it first")
+    setattr(base, _MARK, id(base))
 
 
-def _unmark(model: nn.Module) -> None:
-    model.__dict__.pop(_MARK, None)
+def _unmark(reference: weakref.ref[nn.Module]) -> None:
+    base = reference()
+    if base is not None:
+        base.__dict__.pop(_MARK, None)
 
 
 def _cosine(product: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -311,6 +341,11 @@ def _raise_if_refused(seen: list[float], config: SAPConfig) -> None:
         raise StepRefusedError(
             f"the harmful direction is not finite (norm {direction}, safety margin {margin}): look at the pairs and "
             "at the weights; a smaller learning rate or strength avoids overflow. Nothing was written"
+        )
+    if direction == 0 and not saturated:
+        raise StepRefusedError(
+            "the harmful direction is zero: no trained weight receives a gradient from the pairs. Is lora_B zero and "
+            "frozen, or every adapter above the scored tokens' reach? Nothing was written"
         )
     if direction == 0:
         raise StepRefusedError(

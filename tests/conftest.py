@@ -19,7 +19,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-# Tensors here are tiny: more threads would cost more than they give, and many times more on a busy machine.
+# Tensors here are tiny: more threads would cost more than they give.
 torch.set_num_threads(1)
 
 DEVICES = ["cpu"]

@@ -4,7 +4,7 @@ It shares no code with the library. The derivative along u is exact (double back
 published forward difference.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from oracle import lora, margins, probes, task_loss
@@ -51,15 +51,16 @@ def _climb_gradient(model: nn.Module, batch: Mapping, u: Mapping, probe: Mapping
 
 def _scales(model: nn.Module, batch: Mapping[str, Tensor], probe: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Median over real tokens of the RMS of each probed layer's output."""
+    layers, states = model.get_base_model().model.layers, {}
+
+    def record(layer: int) -> Callable:
+        return lambda _, __, out: states.update({layer: out[batch["attention_mask"].bool()]})
+
     with torch.no_grad(), probes(model, probe):
-        out = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            output_hidden_states=True,
-            use_cache=False,
-        ).hidden_states
-    # hidden_states[j + 1] is recorded before the hook adds the probe.
-    states = {j: (out[j + 1] + v)[batch["attention_mask"].bool()] for j, v in probe.items()}
+        handles = [layers[j].register_forward_hook(record(j)) for j in probe]
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        for handle in handles:
+            handle.remove()
     return {j: x.square().mean(-1).sqrt().median() for j, x in states.items()}
 
 

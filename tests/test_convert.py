@@ -1,6 +1,8 @@
 """Attach and detach: what is refused, by name, and that nothing is left behind."""
 
 import copy
+import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,16 +61,78 @@ def patched_forward() -> nn.Module:
     return model
 
 
-def with_attention_dropout() -> nn.Module:
+def changed(change: Callable[[Any], None]) -> Callable[[], nn.Module]:
+    """A model that attach accepts, but for one change to the transformers model in it."""
+
+    def make() -> nn.Module:
+        model = tiny_model()
+        change(model.get_base_model())
+        return model
+
+    return make
+
+
+def set_attention_dropout(base: Any) -> None:
+    base.model.layers[1].self_attn.attention_dropout = 0.1
+
+
+def set_relu(base: Any) -> None:
+    base.model.layers[2].mlp.act_fn = nn.ReLU()
+
+
+def prepared_by_accelerate() -> nn.Module:
+    """What Accelerator.prepare does for mixed precision: an autocast around the outermost forward."""
     model = tiny_model()
-    model.get_base_model().config.attention_dropout = 0.1
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     return model
 
 
-def with_relu() -> nn.Module:
+def twice_adapted() -> nn.Module:
     model = tiny_model()
-    model.get_base_model().config.hidden_act = "relu"
+    q_proj = model.get_base_model().model.layers[0].self_attn.q_proj
+    q_proj.base_layer = tiny_model().get_base_model().model.layers[0].self_attn.q_proj.requires_grad_(False)
     return model
+
+
+def inactive_layers(base: Any) -> None:
+    base.config.num_hidden_layers = 3
+
+
+def tensor_subclass() -> nn.Module:
+    class Quantized(nn.Parameter):
+        pass
+
+    model = tiny_model()
+    norm = model.get_base_model().model.norm
+    norm.weight = Quantized(norm.weight.data, requires_grad=False)
+    return model
+
+
+def gradient_hook() -> nn.Module:
+    model = tiny_model()
+    next(iter(lora(model).values())).register_hook(lambda g: g)
+    return model
+
+
+def optimizer_in_backward() -> nn.Module:
+    model = tiny_model()
+    next(iter(lora(model).values())).register_post_accumulate_grad_hook(lambda p: None)
+    return model
+
+
+def dynamic_rope() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        vocab_size=37,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    )
+    return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj"]))
 
 
 def with_other_linear() -> nn.Module:
@@ -127,9 +191,39 @@ REFUSED = {
         "embeddings carries an adapter",
     ),
     "hook": (with_hook, r"layers.2.mlp has a hook"),
-    "replaced forward": (patched_forward, r"forward of model.norm was replaced"),
-    "attention dropout": (with_attention_dropout, "attention_dropout=0.1"),
-    "activation": (with_relu, "hidden_act='relu' has no pair rule"),
+    "replaced forward": (patched_forward, r"forward of .*model.norm was replaced"),
+    "attention dropout": (changed(set_attention_dropout), r"layers.1.self_attn has attention_dropout=0.1"),
+    "activation": (changed(set_relu), r"layers.2.mlp.act_fn is a .*ReLU"),
+    "hook on a layer": (changed(lambda base: base.model.layers[0].register_forward_hook(print)), "layers.0 has a hook"),
+    "hook on the trunk": (changed(lambda base: base.model.register_forward_pre_hook(print)), "model has a hook"),
+    "backward pre-hook": (
+        changed(lambda base: base.model.layers[1].mlp.register_full_backward_pre_hook(print)),
+        "layers.1.mlp has a hook",
+    ),
+    "hook on a gradient": (gradient_hook, "has a hook on its gradient"),
+    "optimizer in backward": (optimizer_in_backward, "has a hook on its gradient"),
+    "mixed precision by accelerate": (
+        prepared_by_accelerate,
+        "forward of PeftModel.* was replaced",
+    ),
+    "compiled layer": (changed(lambda base: base.model.layers[0].compile()), "layers.0 is compiled"),
+    "attention implementation": (
+        changed(lambda base: setattr(base.config, "_attn_implementation_internal", "my_attention")),
+        "attn_implementation='my_attention'",
+    ),
+    "not causal": (changed(lambda base: setattr(base.config, "is_causal", False)), "is_causal=False"),
+    "not causal in one layer": (
+        changed(lambda base: setattr(base.model.layers[3].self_attn, "is_causal", False)),
+        "layers.3.self_attn is not causal",
+    ),
+    "twice adapted": (twice_adapted, r"q_proj adapts a .*lora.*twice adapted"),
+    "fewer layers in the config": (changed(inactive_layers), "holds 4 layers, but config.num_hidden_layers is 3"),
+    "tensor subclass": (tensor_subclass, r"norm.weight is a .*Quantized"),
+    "stateful rotary embedding": (dynamic_rope, "rope_type='dynamic'"),
+    "bias on the head": (
+        changed(lambda base: setattr(base.lm_head, "bias", nn.Parameter(torch.zeros(37).double(), False))),
+        "output head has a bias",
+    ),
     "unknown linear": (with_other_linear, r"layers.0.mlp.down_proj is a .*FakeQuantized"),
     "no LoRA weight": (frozen, "no trainable LoRA weight"),
     "no adapter at all": (lambda: base_model().requires_grad_(False), "no trainable LoRA weight"),
@@ -193,9 +287,10 @@ def test_real_data_parallel_wrapper_has_the_name_that_is_refused() -> None:
         ((2, 2), "repeats"),
         ((), "empty"),
         (("a",), "'a'"),
+        (2, "a sequence"),
     ],
 )
-def test_bad_probe_layers_are_refused(layers: tuple, message: str) -> None:
+def test_bad_probe_layers_are_refused(layers: Any, message: str) -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match=message):
         sap_fast.attach(model, SAPConfig(probe_layers=layers))
@@ -267,6 +362,96 @@ def test_changes_after_attach_are_noticed() -> None:
             sap.step(batch)
         handle.remove()
         sap.step(batch)
+
+
+def half(model: Any) -> None:
+    model.half()
+
+
+def unload(model: Any) -> None:
+    model.unload()
+
+
+def resize(model: Any) -> None:
+    model.get_base_model().resize_token_embeddings(40)
+
+
+def hook_embeddings(model: Any) -> None:
+    model.get_base_model().model.embed_tokens.register_forward_hook(print)
+
+
+def replace_forward(model: Any) -> None:
+    layer = model.get_base_model().model.layers[0]
+    layer.forward = layer.forward
+
+
+def unfreeze(model: Any) -> None:
+    model.get_base_model().lm_head.weight.requires_grad_(True)
+
+
+def freeze(model: Any) -> None:
+    next(iter(lora(model).values())).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (half, r"has moved to torch\.float16"),
+        (unload, "holds other modules"),
+        (resize, "holds other modules"),
+        (hook_embeddings, "embed_tokens has a hook"),
+        (replace_forward, "layers.0 was replaced"),
+        (unfreeze, "lm_head.weight is trained since attach"),
+        (freeze, "is frozen since attach"),
+    ],
+)
+def test_a_model_that_is_no_longer_what_it_was_is_refused(change: Callable, message: str) -> None:
+    model = tiny_model()
+    with sap_fast.attach(model, CONFIG) as sap:
+        change(model)
+        with pytest.raises(UnsupportedModelError, match=message):
+            sap.step(random_batch(), random_pairs())
+
+
+def test_a_class_patched_for_the_whole_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: x)
+    with pytest.raises(UnsupportedModelError, match=r"forward of LlamaMLP \(layers.0.mlp\) was replaced"):
+        sap_fast.attach(tiny_model(), CONFIG)
+
+
+def test_frozen_and_inactive_adapters_may_have_another_dtype() -> None:
+    model = tiny_model(dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    model.add_adapter("idle", LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, p in model.named_parameters():
+        if "lora_A" in name or "idle" in name:
+            p.requires_grad_(False)
+    with sap_fast.attach(model, CONFIG) as sap:
+        sap.step(random_batch(), random_pairs())
+
+
+def test_a_dropped_handle_frees_the_model() -> None:
+    model = tiny_model()
+    sap = sap_fast.attach(model, CONFIG)
+    with pytest.raises(RuntimeError, match="attached already"):
+        sap_fast.attach(model.get_base_model(), CONFIG)  # the same weights
+    del sap
+    gc.collect()
+    sap_fast.attach(model, CONFIG).detach()
+
+
+def test_hooks_that_transformers_leaves_behind_are_not_in_the_way() -> None:
+    model, batch = tiny_model(), random_batch()
+    model(input_ids=batch["input_ids"], output_hidden_states=True)
+    with sap_fast.attach(model, CONFIG) as sap:
+        sap.step(batch, random_pairs())
+
+
+def test_inference_mode_is_refused() -> None:
+    sap = sap_fast.attach(tiny_model(), CONFIG)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        sap.step(random_batch(), random_pairs())
 
 
 def test_adapters_injected_by_transformers_are_found() -> None:

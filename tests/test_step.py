@@ -6,7 +6,18 @@ from unittest import mock
 
 import pytest
 import torch
-from oracle import ALL_LINEAR, lora, random_batch, random_pairs, task_loss, tiny_model
+from oracle import (
+    ALL_LINEAR,
+    everything_in_float64,
+    exact,
+    lora,
+    margins,
+    random_batch,
+    random_pairs,
+    task_loss,
+    tiny_model,
+    unit_direction,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -214,8 +225,6 @@ def test_counter_adds_its_share_of_the_direction() -> None:
 
 
 def _direction_of(model: nn.Module, pairs: dict) -> dict[str, Tensor]:
-    from oracle import everything_in_float64, unit_direction
-
     with everything_in_float64(model):
         return unit_direction(model, pairs)
 
@@ -249,6 +258,106 @@ def test_report_says_what_the_probe_does() -> None:
     assert numbers["tokens"] == int(batch["attention_mask"].sum())
     assert numbers["safety_tokens"] == int(pairs["attention_mask"].sum())
     assert numbers["probe_norm"].keys() == {1, 2}
+
+
+@pytest.mark.parametrize("schedule", ["lagged", "fresh"])
+@pytest.mark.parametrize("loss", ["difference", "logsigmoid"])
+def test_every_number_of_the_report_is_the_oracles(schedule: str, loss: str) -> None:
+    """Other pairs in the second step, so that the two directions differ, and a probe at work."""
+    model, batch, pairs = tiny_model("llama", ALL_LINEAR), random_batch(), [random_pairs(), random_pairs()]
+    config = CONFIG.replace(schedule=schedule, safety_loss=loss, per_token=loss == "difference", temperature=0.5)
+    with sap_fast.attach(model, config) as sap:
+        sap.step(batch, pairs[0])
+        used = sap.probe
+        report = sap.step(batch, pairs[1])
+        if schedule == "fresh":
+            used = sap.probe
+    at = used if schedule == "lagged" else {j: torch.zeros_like(v) for j, v in used.items()}
+    settings = {"per_token": config.per_token}
+    with everything_in_float64(model):
+        us = [unit_direction(model, p, **settings, logsigmoid=None if loss == "difference" else 0.5) for p in pairs]
+        margin = margins(model, pairs[1], **settings).detach()
+        value, slope, theta, _, _ = exact(model, batch, us[1], used)
+        climb = exact(model, batch, us[1], at)[4]
+    steering = sum(float(used[j] @ climb[j]) for j in used)
+    length = sum(float(v.square().sum()) for v in used.values()) ** 0.5
+    steepness = sum(float(g.square().sum()) for g in climb.values()) ** 0.5
+    safety = -margin if loss == "difference" else -torch.nn.functional.logsigmoid(margin / 0.5)
+    for name, truth in {
+        "loss": float(value),
+        "loss_dot": float(slope),
+        "safety_loss": float(safety.mean()),
+        "safety_margin": float(margin.mean()),
+        "direction_cosine": sum(float((us[0][k] * us[1][k]).sum()) for k in us[0]),
+        "steering": steering,
+        "probe_cosine": steering / (length * steepness),
+    }.items():
+        assert float(getattr(report, name)) == pytest.approx(truth, rel=1e-8), name
+    assert gap(grads(model), theta) > 1e-3  # two steps have accumulated
+
+
+def test_saturation_is_the_share_of_pairs_without_weight() -> None:
+    model, batch, pairs = tiny_model(), random_batch(), random_pairs(6)
+    margin = margins(model, pairs, per_token=False).detach()
+    temperature = float(margin.abs().median()) / 9.2  # sigmoid(-9.2) = 1e-4: the border lies amid the pairs
+    weight = torch.sigmoid(-margin / temperature)
+    share = float((weight < 1e-4).double().mean())
+    assert 0 < share < 1
+    config = CONFIG.replace(safety_loss="logsigmoid", per_token=False, temperature=temperature)
+    with sap_fast.attach(model, config) as sap:
+        assert float(sap.step(batch, pairs).saturated) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("restart", "micros", "calls"),
+    [
+        ("store", 1, 4 + 2),
+        ("store", 2, 2 * (4 + 2)),
+        ("recompute", 1, 4 + 4),
+        ("auto", 1, 4 + 2),
+        ("auto", 2, 2 * (4 + 4)),
+    ],
+)
+def test_the_outer_pass_restarts_above_the_probe(restart: str, micros: int, calls: int) -> None:
+    """Layers 0 and 1 lie beneath the probe on layer 1: stored, they are not run again."""
+    from sap_fast.decoder import Layer
+
+    model, real, seen = tiny_model(), Layer.forward, [0]
+
+    def counted(self: Layer, *args: Any) -> Any:
+        seen[0] += 1
+        return real(self, *args)
+
+    config = CONFIG.replace(schedule="fresh", restart=restart, probe_layers=(1,))
+    with sap_fast.attach(model, config) as sap, mock.patch.object(Layer, "forward", counted):
+        sap.step([random_batch()] * micros, random_pairs())
+    assert seen[0] == 4 + calls  # the pairs' pass runs every layer once
+
+
+def test_dropout_gradients_are_those_of_peft_with_the_same_masks() -> None:
+    from sap_fast.ops import dropout_mask
+
+    model, batch = tiny_model("llama", ALL_LINEAR, lora_dropout=0.3).train(), random_batch(ragged=False)
+    with sap_fast.attach(model, CONFIG) as sap:
+        torch.manual_seed(5)
+        sap.step(batch)
+        decoder = sap._decoder
+    torch.manual_seed(5)
+    seed = torch.randint(2**31, ())
+    rows = batch["input_ids"].numel()
+
+    def masked(salt: int) -> Any:
+        def forward(x: Tensor) -> Tensor:
+            return x * dropout_mask(seed, salt, rows, x.shape[-1], 0.3).view(*x.shape)
+
+        return forward
+
+    for layer in decoder.layers:
+        for projection in layer.projections:
+            projection.lora.lora_dropout["default"].forward = masked(projection.salt)
+    with everything_in_float64(model):
+        truth = plain_gradient(model, batch)
+    assert gap(grads(model), truth) < 1e-12
 
 
 def test_steering_is_the_first_order_change_of_the_slope() -> None:
@@ -331,6 +440,21 @@ def test_deferred_check_raises_at_the_next_step() -> None:
         weight.data.copy_(kept)
         with pytest.raises(StepRefusedError, match="not finite"):
             sap.step(batch, pairs)
+        # The step was not stopped, but its probe is given up: from here on all is as before.
+        model.zero_grad()
+        assert torch.isfinite(sap.step(batch, pairs).loss)
+        assert torch.isfinite(sap.step(batch, pairs).loss)
+        assert all(torch.isfinite(g).all() for g in grads(model).values())
+
+
+def test_a_zero_direction_without_saturation_names_its_cause() -> None:
+    model = tiny_model()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.zero_()
+            p.requires_grad_(False)
+    with sap_fast.attach(model, CONFIG) as sap, pytest.raises(StepRefusedError, match="Is lora_B zero and frozen"):
+        sap.step(random_batch(), random_pairs())
 
 
 def test_saturated_pairs_are_reported_and_refused_with_the_way_out() -> None:
@@ -349,8 +473,6 @@ def test_saturated_pairs_are_reported_and_refused_with_the_way_out() -> None:
 
 def _preferred_first(model: nn.Module, pairs: dict) -> dict:
     """The pairs with the sides exchanged where the model prefers the rejected one."""
-    from oracle import margins
-
     wrong = (margins(model, pairs, per_token=False) < 0).nonzero()[:, 0].tolist()
     order = list(range(4))
     for i in wrong:

@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
-from oracle import everything_in_float64, lora, random_batch, random_pairs, tiny_model
+from oracle import everything_in_float64, lora, random_batch, random_pairs, tiny_model, unit_direction
 from reimplementation import trajectory
 from torch import nn
 
 import sap_fast
-from sap_fast import SAPConfig
+from sap_fast import SAPConfig, passes
+from sap_fast.batch import pack
+from sap_fast.convert import read_decoder
+from sap_fast.probe import Probe
 
 STEPS, LAYERS = 20, (1, 2)
 
@@ -36,8 +39,8 @@ def distance(a: list, b: list) -> float:
     return max(gaps)
 
 
-def data() -> tuple[list, list]:
-    return [random_batch() for _ in range(STEPS)], [random_pairs() for _ in range(STEPS)]
+def data(steps: int = STEPS) -> tuple[list, list]:
+    return [random_batch() for _ in range(steps)], [random_pairs() for _ in range(steps)]
 
 
 @pytest.mark.parametrize("released", [False, True], ids=["sign", "released"])
@@ -66,29 +69,48 @@ def test_published_difference_agrees_with_the_reimplementation_of_it() -> None:
     assert distance(ours, theirs) < 1e-6
 
 
-def test_finite_difference_converges_to_the_dual_gradient() -> None:
-    """A forward difference is wrong by O(radius): halving the exponent's decade must shrink the error tenfold."""
-    model, batch, pairs = tiny_model("llama"), random_batch(), random_pairs()
-    errors = []
-    from sap_fast import passes
-    from sap_fast.batch import pack
-    from sap_fast.convert import read_decoder
-    from sap_fast.probe import Probe
+@pytest.mark.parametrize("layers", [(3,), (0, 3)], ids=str)
+def test_a_probe_on_the_last_layer_takes_its_scale_from_all_tokens(layers: tuple[int, ...]) -> None:
+    model = tiny_model("llama")
+    twin, (batches, pairs) = copy.deepcopy(model), data(4)
+    ours = train(model, batches, pairs, SAPConfig(probe_layers=layers))
+    with everything_in_float64(twin):
+        theirs = trajectory(twin, batches, pairs, layers)
+    assert distance(ours, theirs) < 1e-6
 
+
+def test_finite_difference_gradient_converges_to_the_dual_one() -> None:
+    """A forward difference is wrong by O(radius): a tenth of the radius, a tenth of the error."""
+    model, batch, pairs = tiny_model("llama"), random_batch(), random_pairs()
     decoder = read_decoder(model)
     rows = pack(batch, vocab_size=decoder.vocab_size, device=decoder.device)
-    from oracle import unit_direction
-
-    u = unit_direction(model, pairs)
+    with everything_in_float64(model):
+        u = unit_direction(model, pairs)
     probe = Probe({j: 0.1 * torch.randn(32, dtype=torch.float64) for j in LAYERS}, {}, {})
-    micros = [passes.Micro(rows, None)]
+    micros, errors = [passes.Micro(rows, None)], []
     with decoder.installed():
-        truth = passes.dual(decoder, micros, probe, u)
+        truth = passes.dual(decoder, micros, probe, u).probe_dot
         for radius in (1e-2, 1e-3, 1e-4):
-            found = passes.finite_difference(decoder, micros, probe, u, torch.tensor(radius, dtype=torch.float64))
-            gap = sum(float((found.probe_dot[j] - truth.probe_dot[j]).square().sum()) for j in LAYERS) ** 0.5
-            size = sum(float(truth.probe_dot[j].square().sum()) for j in LAYERS) ** 0.5
-            errors.append(gap / size)
+            length = torch.tensor(radius, dtype=torch.float64)
+            found = passes.finite_difference(decoder, micros, probe, u, length).probe_dot
+            gap = sum(float((found[j] - truth[j]).square().sum()) for j in LAYERS)
+            errors.append((gap / sum(float(g.square().sum()) for g in truth.values())) ** 0.5)
     assert errors[2] < 1e-3
     assert 5 < errors[0] / errors[1] < 20
     assert 5 < errors[1] / errors[2] < 20
+
+
+@pytest.mark.parametrize("schedule", ["lagged", "fresh"])
+def test_finite_difference_trajectory_converges_to_the_dual_one(schedule: str) -> None:
+    # A smooth update: signs would jump where a coordinate of the gradient is near zero.
+    config = SAPConfig(probe_layers=LAYERS, schedule=schedule, probe_update="normalised", strength=0.05)
+    model = tiny_model("llama")
+    batches, pairs = data(6)
+    truth = train(copy.deepcopy(model), batches, pairs, config)
+    gaps = []
+    for radius in (1e-3, 1e-4, 1e-5):
+        moved = config.replace(gradient="finite_difference", radius=radius)
+        gaps.append(distance(train(copy.deepcopy(model), batches, pairs, moved), truth))
+    assert gaps[2] < 1e-3
+    assert 5 < gaps[0] / gaps[1] < 20
+    assert 5 < gaps[1] / gaps[2] < 20

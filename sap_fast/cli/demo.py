@@ -31,10 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    print(
-        "Reading SmolLM2-135M-Instruct (the first time it is converted, which takes a minute) ...",
-        flush=True,
-    )
+    name = args.model.name if args.model else "SmolLM2-135M-Instruct"
+    first = "" if args.model else " (the first time it is converted, which takes a minute)"
+    print(f"Reading {name}{first} ...", flush=True)
     model, tokenizer = _load(args.model, device)
     config = sap_fast.SAPConfig()
     # Every other pair is for training; the rest, of the same kinds but other wording, measures.
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     adapter = args.output / "adapter"
     model.save_pretrained(adapter)
     report = {
-        "model": "SmolLM2-135M-Instruct",
+        "model": name,
         "config": {key: value for key, value in asdict(config).items() if not callable(value)},
         "probe_layers": list(config.layers_of(model.config.num_hidden_layers)),
         "settings": {
@@ -75,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     print(f"Margin log p(refusal) - log p(compliant opening) on {len(held_out)} held-out pairs, nats per token:")
     print(f"  before {before:+.3f}, after {after:+.3f}")
-    print("This model hardly refuses as it ships, so there is little to lose: the demonstration shows the mechanism.")
+    if not args.model:
+        print("This model hardly refuses as it ships, so there is little to lose: this shows the mechanism.")
     print(f"Adapter (plain PEFT, no probe in it): {adapter}\nReport: {args.output / 'report.json'}")
     return 130 if interrupted else 0
 

@@ -3,7 +3,7 @@
 from sap_fast.ops.attention import attention
 from sap_fast.ops.glu import glu
 from sap_fast.ops.linear_cross_entropy import linear_cross_entropy
-from sap_fast.ops.lora_linear import LoRATarget, lora_linear
+from sap_fast.ops.lora_linear import LoRATarget, dropout_mask, lora_linear
 from sap_fast.ops.probe_rms_norm import probe_rms_norm
 from sap_fast.ops.rms_norm import rms_norm
 from sap_fast.ops.rotary import rotary
@@ -11,6 +11,7 @@ from sap_fast.ops.rotary import rotary
 __all__ = [
     "LoRATarget",
     "attention",
+    "dropout_mask",
     "glu",
     "linear_cross_entropy",
     "lora_linear",

@@ -1,0 +1,96 @@
+"""Whether a model's modules do just what their classes say, and still are what they were at ``attach``.
+
+The pair forward reads weights and runs the library's ops: a hook, a replaced forward or a module exchanged later
+would be silently bypassed. Each is refused by name instead.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sap_fast.errors import UnsupportedModelError
+
+# Hooks that compute nothing: enable_input_require_grads makes embeddings require grad, and transformers leaves
+# hooks behind that record hidden states when a caller asks for them.
+_IDLE_HOOKS = {"make_inputs_require_grads", "output_capturing_hook"}
+
+
+def check_module(name: str, module: nn.Module) -> None:
+    """Refuse what stands between a module's class and what it does when called."""
+    if "forward" in module.__dict__:
+        raise UnsupportedModelError(
+            f"the forward of {name} was replaced on the instance (by accelerate's prepare, a kernel patch or a device "
+            "map?); the pair forward would bypass it. Attach to the model before it is patched"
+        )
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        raise UnsupportedModelError(f"{name} is compiled; attach to a model that is not")
+    hooks: list[Any] = [
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    ]
+    for hook in hooks:
+        if getattr(hook, "__name__", "") not in _IDLE_HOOKS:
+            what = getattr(hook, "__qualname__", hook)
+            raise UnsupportedModelError(f"{name} has a hook ({what}), which the pair forward would not run; remove it")
+
+
+def check_weight(name: str, weight: nn.Parameter) -> None:
+    """Refuse hooks on a trained weight: its gradient is computed by ``autograd.grad``, which does not run them."""
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        raise UnsupportedModelError(
+            f"{name} has a hook on its gradient (register_hook, or an optimizer in backward?), which a step would not "
+            "run; remove it"
+        )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model's modules and weights at ``attach``, by identity."""
+
+    modules: tuple[tuple[str, nn.Module, tuple[int, ...]], ...]
+    weights: tuple[tuple[str, nn.Parameter, bool, Any], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Snapshot":
+        """Check every module and trained weight of ``model``, and take note of it.
+
+        Raises:
+            UnsupportedModelError: naming what would be bypassed.
+        """
+        modules = tuple((name or type(model).__name__, m, _members(m)) for name, m in model.named_modules())
+        for name, module, _ in modules:
+            check_module(name, module)
+        weights = tuple((name, p, p.requires_grad, (p.dtype, p.device)) for name, p in model.named_parameters())
+        for name, weight, trained, _ in weights:
+            if trained:
+                check_weight(name, weight)
+        return cls(modules, weights)
+
+    def check(self) -> None:
+        """Refuse a model that is no longer what it was.
+
+        Raises:
+            UnsupportedModelError: naming what has changed.
+        """
+        for name, module, members in self.modules:
+            if _members(module) != members:
+                raise UnsupportedModelError(f"{name} holds other modules or weights than at attach; {_AGAIN}")
+            check_module(name, module)
+        for name, weight, trained, kind in self.weights:
+            if weight.requires_grad != trained:
+                now = "trained" if weight.requires_grad else "frozen"
+                raise UnsupportedModelError(f"{name} is {now} since attach; {_AGAIN}")
+            if (weight.dtype, weight.device) != kind:
+                raise UnsupportedModelError(f"{name} has moved to {weight.dtype} on {weight.device}; {_AGAIN}")
+            if trained:
+                check_weight(name, weight)
+
+
+_AGAIN = "detach and attach again"
+
+
+def _members(module: nn.Module) -> tuple[int, ...]:
+    return tuple(map(id, (*module._modules.values(), *module._parameters.values())))

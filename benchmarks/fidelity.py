@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sap_fast
 from benchmarks import models
-from benchmarks.published_step import (
+from benchmarks.published_parts import (
     finite_differences,
     gradients,
     harmful_direction,
@@ -97,12 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     models.write(args.json, result)
     missed = [row for row in rows if misses(row)]
     for row in missed:
-        print(f"MISSED {BOUNDS[row['dtype']]}: {_line(row)}")
+        print(f"MISSED its bound: {_line(row)}")
     return 1 if missed else 0
 
 
 def misses(row: Row) -> bool:
-    """Whether a row of the dual pass is beneath its bound (or not a number)."""
+    """Whether a row of the dual pass, or the witness of the truth, is beneath its bound (or not a number)."""
+    if row["gradient"] == "double backward":
+        return not row["cosine"] >= BOUNDS["float32"]  # transformers casts to float32 in a float64 model
     if row["gradient"] != "dual" or row["truth"] != "float32 weights":
         return False
     return not row["cosine"] >= BOUNDS[row["dtype"]]

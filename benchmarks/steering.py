@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from benchmarks import models
 from benchmarks.fidelity import agreement, in_bfloat16
-from benchmarks.published_step import finite_differences, margins, task_loss, trained
+from benchmarks.published_parts import finite_differences, margins, task_loss, trained
 from sap_fast import SAPConfig, passes
 from sap_fast.batch import Rows, pack, pack_pairs
 from sap_fast.convert import read_decoder
@@ -134,7 +134,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         print(_line(row))
     models.write(args.json, result)
+    if not args.tiny and not steers(rows):
+        print("MISSED: exact signs of strength 0.01 do not stand out from random ones")
+        return 1
     return 0
+
+
+def steers(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether exact signs of strength 0.01 steer by more than random ones, by three standard deviations."""
+    exact, random = (
+        next(row for row in rows if (row["probe"], row["strength"]) == (f"{kind}, sign x RMS", 0.01))
+        for kind in ("exact", "random")
+    )
+    return exact["slope_change"] > random["slope_change"] + 3 * random["slope_change_std"]
 
 
 def harmful_pairs(prompts: Path | None) -> list[Pair]:

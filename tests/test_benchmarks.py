@@ -108,3 +108,14 @@ def test_texts_come_from_a_file(tmp_path: Path) -> None:
     rows = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi.", "output": "Hi."}]
     path.write_text(json.dumps(rows), encoding="utf-8")
     assert models.examples(path) == [("Add.\n1 2", "3"), ("Hi.", "Hi.")]
+
+
+def test_steering_has_a_verdict() -> None:
+    """On the stored run it holds; with exact and random exchanged it does not."""
+    run = json.loads((Path(steering.__file__).parent / "results" / "steering-cpu-2026-11-21.json").read_text())
+    assert steering.steers(run["rows"])
+    names = {"exact, sign x RMS": "random, sign x RMS", "random, sign x RMS": "exact, sign x RMS"}
+    exchanged = [{**row, "probe": names.get(row["probe"], row["probe"])} for row in run["rows"]]
+    for row in exchanged:
+        row.setdefault("slope_change_std", 0.0)
+    assert not steering.steers(exchanged)

@@ -7,7 +7,7 @@ It never writes a weight.
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -28,15 +28,14 @@ from sap_fast.report import StepReport
 Batch = Mapping[str, Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Outcome:
     """A step's results, before any of them is written."""
 
-    gradients: Gradients
+    theta: dict[str, Tensor]  # what goes to .grad
     direction: Direction | None
     probe: Probe  # to be used in the next step
     report: StepReport
-    theta: dict[str, Tensor] = field(default_factory=dict)  # what goes to .grad
 
 
 @dataclass(frozen=True)
@@ -127,9 +126,14 @@ class SAP:
         return outcome.report
 
     def detach(self) -> None:
-        """Let go of the model. It is then exactly what it was before ``attach``, its ``.grad`` aside."""
+        """Let go of the model. It is then exactly what it was before ``attach``, its ``.grad`` aside.
+
+        Raises:
+            StepRefusedError: with ``check="deferred"``, if the last step's numbers are unusable.
+        """
         self._release()
         self._model = None
+        self._settle()
 
     def __enter__(self) -> "SAP":
         return self
@@ -140,18 +144,25 @@ class SAP:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            self._deferred = None  # the error on its way is the one to see
         self.detach()
+
+    def _settle(self) -> None:
+        """Look at the numbers that the last step deferred; if they are refused, go back to the probe before it."""
+        if self._deferred is None:
+            return
+        deferred, self._deferred = self._deferred, None
+        try:
+            _raise_if_refused(deferred.seen.tolist(), "Its gradient was written: zero it before going on")
+        except StepRefusedError:
+            self._probe, self._direction = deferred.probe, deferred.direction
+            raise
 
     def _ready(self) -> Any:
         if self._model is None:
             raise RuntimeError("step after detach: attach to the model again")
-        if self._deferred is not None:
-            deferred, self._deferred = self._deferred, None
-            try:
-                _raise_if_refused(deferred.seen.tolist(), self.config)
-            except StepRefusedError:
-                self._probe, self._direction = deferred.probe, deferred.direction
-                raise
+        self._settle()
         device = self._decoder.device.type
         if torch.is_autocast_enabled(device):
             raise RuntimeError(
@@ -190,7 +201,7 @@ class SAP:
             used = found
 
         theta = self._guarded(gradients.theta, direction)
-        return _Outcome(gradients, direction, found, self._report(gradients, direction, used, micros), theta)
+        return _Outcome(theta, direction, found, self._report(gradients, direction, used, micros))
 
     def _inner_and_outer(self, micros: list[Micro], probe: Probe, direction: Direction) -> Gradients:
         if self.config.gradient == "finite_difference":
@@ -270,7 +281,7 @@ class SAP:
         if self.config.check == "deferred":
             self._deferred = _Deferred(seen, self._probe, self._direction)
         else:
-            _raise_if_refused(seen.tolist(), self.config)
+            _raise_if_refused(seen.tolist(), "Nothing was written")
 
     def _commit(self, outcome: _Outcome) -> None:
         """Write ``.grad`` and take the new probe: all of it, or none if interrupted."""
@@ -334,29 +345,31 @@ def _cosine(product: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a * b > 0, product / (a * b), torch.zeros_like(product))
 
 
-def _raise_if_refused(seen: list[float], config: SAPConfig) -> None:
+def _raise_if_refused(seen: list[float], consequence: str) -> None:
     loss, gradient, probe, direction, margin, saturated = seen
     finite = torch.isfinite(torch.tensor(seen)).tolist()
+    problem = None
     if not finite[3] or not finite[4]:
-        raise StepRefusedError(
-            f"the harmful direction is not finite (norm {direction}, safety margin {margin}): look at the pairs and "
-            "at the weights; a smaller learning rate or strength avoids overflow. Nothing was written"
+        problem = (
+            f"the harmful direction is not finite (norm {direction}, safety margin {margin}): look at the pairs and at "
+            "the weights; a smaller learning rate or strength avoids overflow"
         )
-    if direction == 0 and not saturated:
-        raise StepRefusedError(
+    elif direction == 0 and not saturated:
+        problem = (
             "the harmful direction is zero: no trained weight receives a gradient from the pairs. Is lora_B zero and "
-            "frozen, or every adapter above the scored tokens' reach? Nothing was written"
+            "frozen?"
         )
-    if direction == 0:
-        raise StepRefusedError(
+    elif direction == 0:
+        problem = (
             f"the harmful direction is zero: {saturated:.0%} of the pairs are saturated at a mean margin of "
-            f"{margin:.4g} nats. safety_loss='difference' does not saturate; per_token=True or a larger "
-            "temperature also help. Nothing was written"
+            f"{margin:.4g} nats. safety_loss='difference' does not saturate; per_token=True or a larger temperature "
+            "also help"
         )
-    if not finite[0]:
-        raise StepRefusedError(f"the loss is {loss}; the step was refused and nothing was written")
-    if not finite[1] or not finite[2]:
-        raise StepRefusedError(
-            f"the gradient (norm {gradient}) or the probe (norm {probe}) is not finite although the loss is "
-            f"{loss:.4g}; the step was refused and nothing was written"
+    elif not finite[0]:
+        problem = f"the loss is {loss}"
+    elif not finite[1] or not finite[2]:
+        problem = (
+            f"the gradient (norm {gradient}) or the probe (norm {probe}) is not finite although the loss is {loss:.4g}"
         )
+    if problem is not None:
+        raise StepRefusedError(f"the step is refused: {problem}. {consequence}")

@@ -10,6 +10,7 @@ import pytest
 from chat import save_chat_model
 
 README = Path(__file__).parents[1] / "README.md"
+RESULTS = README.parent / "benchmarks" / "results"
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -28,8 +29,8 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def test_the_figures_are_those_of_the_results() -> None:
     """The tables' dual and published rows, cell by cell, against the run that the README names."""
     text = README.read_text(encoding="utf-8")
-    named = re.findall(r"`(benchmarks/results/[\w.-]+\.json)`", text)
-    runs = {Path(name).name.split("-")[0]: json.loads((README.parent / name).read_text()) for name in named}
+    named = re.findall(r"`benchmarks/results/([\w.-]+\.json)`", text)
+    runs = {name.removesuffix("-cpu-2026-11-21.json"): json.loads((RESULTS / name).read_text()) for name in named}
     rows = [row for row in runs["fidelity"]["rows"] if row["truth"] == "float32 weights"]
     for start, gradient, dtype, radius in (
         ("| **finite difference, bfloat16, 2e-5", "finite difference", "bfloat16", 2e-5),

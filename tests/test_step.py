@@ -447,6 +447,18 @@ def test_deferred_check_raises_at_the_next_step() -> None:
         assert all(torch.isfinite(g).all() for g in grads(model).values())
 
 
+def test_a_deferred_refusal_of_the_last_step_comes_at_detach() -> None:
+    model, batch = tiny_model(), random_batch()
+    sap = sap_fast.attach(model, CONFIG.replace(check="deferred"))
+    weight = next(iter(lora(model).values()))
+    weight.data.fill_(float("nan"))
+    sap.step(batch)
+    with pytest.raises(StepRefusedError, match=r"the loss is nan\. Its gradient was written"):
+        sap.detach()
+    weight.data.zero_()
+    sap_fast.attach(model, CONFIG).detach()  # it was let go all the same
+
+
 def test_a_zero_direction_without_saturation_names_its_cause() -> None:
     model = tiny_model()
     for name, p in model.named_parameters():

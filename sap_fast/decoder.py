@@ -225,8 +225,9 @@ class Decoder:
     def installed(self) -> Iterator[None]:
         """Let each layer module's ``__call__`` run the library's forward, for the duration of a step.
 
-        Going through ``__call__`` keeps a layer's hooks firing. The forward is taken off whatever happens; it
-        must stay while backward runs, since a checkpointed layer is called again there.
+        Going through ``__call__`` runs what wraps a layer's call, such as the hooks that gather sharded weights.
+        The forward is taken off whatever happens; it must stay while backward runs, since a checkpointed layer is
+        called again there.
         """
         put: list[nn.Module] = []
         try:
@@ -247,7 +248,15 @@ class Decoder:
         theta_dot: Weights | None = None,
         probe: Mapping[int, Tensor] | None = None,
     ) -> Pass:
-        """Prepare a traversal. ``theta`` replaces the values of trained weights; absent ones are the model's."""
+        """Prepare a traversal.
+
+        Args:
+            rows: a packed batch.
+            seed: int64 scalar that draws the dropout masks; None is a pass without dropout.
+            theta: values to use instead of the model's, by name; absent ones are the model's own.
+            theta_dot: the direction by name, which makes the pass a pair; weights it lacks do not move.
+            probe: ``[S, d]`` stacks by layer.
+        """
         theta = {**self.adapters, **(theta or {})}
         if theta_dot is not None:
             theta = {name: value.detach() for name, value in theta.items()}
@@ -284,7 +293,6 @@ class Decoder:
 
     def score(self, run: Pass, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """Final norm and head on the rows that predict a scored token: ``(nll, nll_dot) [scored]``."""
-
         last, norm, rows = len(self.layers) - 1, self.norm, run.rows.label_rows
         probed = last in run.probe
 

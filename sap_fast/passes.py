@@ -42,7 +42,10 @@ class Gradients:
 
 
 def ordinary(decoder: Decoder, micros: Sequence[Micro], probe: Probe | None = None) -> Gradients:
-    """grad_theta L(theta, V) by an ordinary pass; V = 0 without a probe."""
+    """grad_theta L(theta, V) by an ordinary pass; V = 0 without a probe.
+
+    Yields ``loss``, ``theta`` and ``rms``.
+    """
     scored = _scored(micros)
     parts = []
     for micro in micros:
@@ -56,7 +59,11 @@ def ordinary(decoder: Decoder, micros: Sequence[Micro], probe: Probe | None = No
 
 
 def dual(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Mapping[str, Tensor]) -> Gradients:
-    """Everything at once, by one dual pass: the inner and the outer problem at the same probe."""
+    """Everything at once, by one dual pass: the inner and the outer problem at the same probe.
+
+    Args:
+        u: the unit direction by name of every trained weight, in float32 (float64 for a float64 model).
+    """
     scored = _scored(micros)
     parts = []
     for micro in micros:

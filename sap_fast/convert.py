@@ -71,7 +71,7 @@ def read_decoder(model: nn.Module) -> Decoder:
 
 
 def check_adapters(decoder: Decoder) -> None:
-    """Refuse adapters that were merged, disabled or switched since ``attach``.
+    """Refuse adapters that were merged, disabled, switched or activated since ``attach``.
 
     Raises:
         UnsupportedModelError: naming the layer.
@@ -79,7 +79,7 @@ def check_adapters(decoder: Decoder) -> None:
     for i, layer in enumerate(decoder.layers):
         for projection in layer.projections:
             lora = projection.lora
-            if lora is not None and _adapter_of(lora, f"layers.{i}") != projection.adapter:
+            if lora is not None and _adapter_of(lora, f"layers.{i}") != (projection.adapter or None):
                 raise UnsupportedModelError(f"the active adapter of layers.{i} has changed; detach and attach again")
 
 
@@ -148,7 +148,8 @@ def _check_own_forward(name: str, module: nn.Module, home: str) -> None:
 
 def _check_config(config: Any) -> None:
     attention = config._attn_implementation
-    if attention is not None and not attention.startswith(_ATTENTION):
+    from_hub = attention is not None and attention.startswith("kernels-community/") and "flash-attn" in attention
+    if attention is not None and not attention.startswith(_ATTENTION) and not from_hub:
         raise UnsupportedModelError(
             f"attn_implementation={attention!r} is not known to be softmax attention; known are {list(_ATTENTION)}"
         )
@@ -181,7 +182,7 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def _check_trained(model: nn.Module, decoder: Decoder) -> None:
-    active = {p.adapter for layer in decoder.layers for p in layer.projections if p.lora is not None}
+    active = {p.adapter for layer in decoder.layers for p in layer.projections if p.adapter}
     if len(active) > 1:
         raise UnsupportedModelError(f"several active adapters {sorted(active)}; set one (model.set_adapter)")
     for name, parameter in model.named_parameters():
@@ -307,7 +308,7 @@ class _ProjectionReader:
             )
         adapter = _adapter_of(lora, name)
         if adapter is None:
-            return Projection(lora.base_layer)
+            return Projection(lora.base_layer, lora)
         _check_vanilla(name, lora, adapter)
         a, b = lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
         names = self._names[id(a)], self._names[id(b)]

@@ -91,7 +91,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear module, with the names of its LoRA tensors where it has an active adapter."""
+    """A linear module, with the names of its LoRA tensors where it has an active adapter.
+
+    ``lora`` is PEFT's layer around it, if there is one; without an active adapter it computes what its base does.
+    """
 
     base: nn.Linear
     lora: Any = None  # PEFT's LoRA Linear
@@ -103,7 +106,7 @@ class Projection:
     def target(self, run: Pass) -> LoRATarget:
         weight = self.base.weight.detach()
         bias = None if self.base.bias is None else self.base.bias.detach()
-        if self.lora is None:
+        if not self.adapter:
             return LoRATarget(weight, bias)
         drop, dot = self.lora.lora_dropout[self.adapter], run.theta_dot
         dropping = run.seed is not None and drop.training and isinstance(drop, nn.Dropout)
@@ -217,8 +220,8 @@ class Decoder:
 
     def drops_out(self) -> bool:
         """Whether any adapter's dropout is live."""
-        loras = [p for layer in self.layers for p in layer.projections if p.lora is not None]
-        drops = [p.lora.lora_dropout[p.adapter] for p in loras]
+        adapted = [p for layer in self.layers for p in layer.projections if p.adapter]
+        drops = [p.lora.lora_dropout[p.adapter] for p in adapted]
         return any(isinstance(drop, nn.Dropout) and drop.training and drop.p > 0 for drop in drops)
 
     @contextmanager

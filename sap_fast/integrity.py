@@ -11,9 +11,9 @@ from torch import nn
 
 from sap_fast.errors import UnsupportedModelError
 
-# Hooks that compute nothing: enable_input_require_grads makes embeddings require grad, and transformers leaves
-# hooks behind that record hidden states when a caller asks for them.
-_IDLE_HOOKS = {"make_inputs_require_grads", "output_capturing_hook"}
+# Hooks that compute nothing: transformers' and PEFT's, which make embeddings require grad, and those that
+# transformers leaves behind once a caller has asked for hidden states.
+_IDLE_HOOKS = {"make_inputs_require_grads", "make_inputs_require_grad", "output_capturing_hook"}
 
 
 def check_module(name: str, module: nn.Module) -> None:
@@ -21,7 +21,8 @@ def check_module(name: str, module: nn.Module) -> None:
     if "forward" in module.__dict__:
         raise UnsupportedModelError(
             f"the forward of {name} was replaced on the instance (by accelerate's prepare, a kernel patch or a device "
-            "map?); the pair forward would bypass it. Attach to the model before it is patched"
+            "map?); the pair forward would bypass it. Attach before it is patched, or take the patch off: "
+            "del module.forward"
         )
     if getattr(module, "_compiled_call_impl", None) is not None:
         raise UnsupportedModelError(f"{name} is compiled; attach to a model that is not")

@@ -18,6 +18,7 @@ from sap_fast import passes
 from sap_fast.batch import pack, pack_pairs
 from sap_fast.config import SAPConfig
 from sap_fast.convert import base_model, check_adapters, read_decoder
+from sap_fast.decoder import Decoder
 from sap_fast.direction import Direction, dot, harmful_direction, norm_of
 from sap_fast.errors import StepRefusedError
 from sap_fast.integrity import Snapshot
@@ -52,15 +53,15 @@ class SAP:
 
     def __init__(self, model: nn.Module, config: SAPConfig) -> None:
         self.config = config
-        self._model: nn.Module | None = model
-        self._decoder = read_decoder(model)
-        self._snapshot = Snapshot.of(model)
-        self._layers = config.layers_of(len(self._decoder.layers)) if config.uses_probe else ()
+        decoder = read_decoder(model)
+        # Given up at detach, so that the handle does not keep the model's weights alive.
+        self._attached: tuple[Decoder, Snapshot] | None = (decoder, Snapshot.of(model))
+        self._layers = config.layers_of(len(decoder.layers)) if config.uses_probe else ()
         self._probe = Probe.zeros(
             self._layers,
-            self._decoder.hidden_size,
-            self._decoder.device,
-            torch.promote_types(self._decoder.embedding.weight.dtype, torch.float32),
+            decoder.hidden_size,
+            decoder.device,
+            torch.promote_types(decoder.embedding.weight.dtype, torch.float32),
         )
         self._direction: Mapping[str, Tensor] | None = None
         self._deferred: _Deferred | None = None
@@ -103,7 +104,7 @@ class SAP:
         """
         decoder = self._ready()
         batches = [batch] if isinstance(batch, Mapping) else list(batch)
-        sizes = {
+        sizes: dict[str, Any] = {
             "vocab_size": decoder.vocab_size,
             "embeddings": decoder.embedding.num_embeddings,
             "device": decoder.device,
@@ -132,7 +133,7 @@ class SAP:
             StepRefusedError: with ``check="deferred"``, if the last step's numbers are unusable.
         """
         self._release()
-        self._model = None
+        self._attached = None
         self._settle()
 
     def __enter__(self) -> "SAP":
@@ -159,21 +160,26 @@ class SAP:
             self._probe, self._direction = deferred.probe, deferred.direction
             raise
 
-    def _ready(self) -> Any:
-        if self._model is None:
+    @property
+    def _decoder(self) -> Decoder:
+        if self._attached is None:
             raise RuntimeError("step after detach: attach to the model again")
+        return self._attached[0]
+
+    def _ready(self) -> Decoder:
+        decoder = self._decoder
         self._settle()
-        device = self._decoder.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.is_autocast_enabled(decoder.device.type):
             raise RuntimeError(
                 "step runs in the dtype of the model's weights: leave the autocast region, and for bfloat16 "
                 "load the model with dtype=torch.bfloat16 (LoRA weights may stay float32)"
             )
         if torch.is_inference_mode_enabled():
             raise RuntimeError("step takes gradients: leave torch.inference_mode()")
-        self._snapshot.check()
-        check_adapters(self._decoder)
-        return self._decoder
+        if self._attached is not None:
+            self._attached[1].check()
+        check_adapters(decoder)
+        return decoder
 
     def _draw_seed(self) -> Tensor | None:
         decoder = self._decoder
@@ -324,21 +330,28 @@ def attach(model: nn.Module, config: SAPConfig | None = None) -> SAP:
     return SAP(model, config or SAPConfig())
 
 
-# Set on the transformers model while it is attached, so that both it and a PEFT model around it count as attached.
-# It holds the model's id: a deep copy carries the mark of another.
-_MARK = "_sap_fast_attached"
+class _Attached:
+    """Set on the transformers model while it is attached, so that a PEFT model around it counts as attached too.
+
+    A copy of the model, by deepcopy or pickle, is another model: the mark becomes None there.
+    """
+
+    NAME = "_sap_fast_attached"
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
 
 
 def _mark(base: nn.Module) -> None:
-    if getattr(base, _MARK, None) == id(base):
+    if isinstance(getattr(base, _Attached.NAME, None), _Attached):
         raise RuntimeError("this model is attached already: use that handle, or detach it first")
-    setattr(base, _MARK, id(base))
+    setattr(base, _Attached.NAME, _Attached())
 
 
 def _unmark(reference: weakref.ref[nn.Module]) -> None:
     base = reference()
     if base is not None:
-        base.__dict__.pop(_MARK, None)
+        base.__dict__.pop(_Attached.NAME, None)
 
 
 def _cosine(product: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +165,37 @@ def test_a_dropped_handle_frees_the_model() -> None:
     del sap
     gc.collect()
     sap_fast.attach(model, CONFIG).detach()
+
+
+def test_a_copy_of_an_attached_model_is_another_model() -> None:
+    model = tiny_model()
+    with sap_fast.attach(model, CONFIG):
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            sap_fast.attach(twin, CONFIG).detach()
+
+
+def test_a_detached_handle_keeps_no_weights_alive() -> None:
+    model = tiny_model()
+    sap = sap_fast.attach(model, CONFIG)
+    sap.step(random_batch(), random_pairs())
+    alive = weakref.ref(model.get_base_model().lm_head)
+    sap.detach()
+    del model
+    gc.collect()
+    assert alive() is None
+    assert sap.probe.keys() == {1}
+
+
+def test_an_adapter_activated_later_is_noticed() -> None:
+    model = peft_model(target_modules=["q_proj"])
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    with sap_fast.attach(model, CONFIG) as sap:
+        model.base_model.set_adapter(["default", "other"])
+        for name, p in model.named_parameters():
+            p.requires_grad_(wanted[name])
+        with pytest.raises(UnsupportedModelError, match=r"active adapter of layers\.0 has changed"):
+            sap.step(random_batch(), random_pairs())
 
 
 def test_hooks_that_transformers_leaves_behind_are_not_in_the_way() -> None:

@@ -111,6 +111,7 @@ def test_finite_difference_trajectory_converges_to_the_dual_one(schedule: str) -
     for radius in (1e-3, 1e-4, 1e-5):
         moved = config.replace(gradient="finite_difference", radius=radius)
         gaps.append(distance(train(copy.deepcopy(model), batches, pairs, moved), truth))
+    # The ratios are the claim. The size, seen at 1.5e-4 and 2.4e-4, is that of 1e-5 amplified by AdamW over six steps.
     assert gaps[2] < 1e-3
     assert 5 < gaps[0] / gaps[1] < 20
     assert 5 < gaps[1] / gaps[2] < 20

@@ -113,13 +113,15 @@ class SAPConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> "SAPConfig":
-        """Algorithm 1 of the paper (arXiv 2505.16737).
+        """Algorithm 1 of the paper (arXiv 2505.16737), as far as descriptions of it tell.
+
+        Written from the abstract and secondary accounts of the paper, not checked against its full text.
 
         - ``probe_layers``: outputs of layers 11 to 20 of 32, Table 7 ("middle layers are most effective")
         - ``schedule="fresh"``: Algorithm 1, the probe found in a step acts in that step
         - ``probe_update="normalised"``: Algorithm 1, ``V = beta * grad / |grad|`` of ``L_su``
-        - ``safety_loss="difference"``: the paper's contrastive loss, ``L(safe) - L(harmful)``; ``per_token``, since
-          a language-modelling loss is a mean over tokens
+        - ``safety_loss="difference"``: the paper's contrastive loss, ``L(safe) - L(harmful)``; ``per_token`` is our
+          reading, since a language-modelling loss is a mean over tokens
         - ``probe_in_safety_pass=False``: Algorithm 1 takes the direction at W alone
         - ``strength=0.02`` relative is ours: the paper's beta is in the units of its models' hidden states
         """

@@ -1,18 +1,26 @@
 """Reads a transformers + PEFT model instance into a :class:`Decoder`, or refuses it by name.
 
 Parts are found by structure and recognised by their exact classes; nothing is ever treated as linear because it
-looks so. Nothing on the model changes here.
+looks so. Nothing on the model changes here. ``families.py`` says how a family's parts are put together.
 """
 
-import itertools
 from typing import Any
 
 import torch
 from torch import nn
 
-from sap_fast.decoder import Decoder, Layer, Norm, Projection
+from sap_fast.decoder import Decoder
 from sap_fast.errors import UnsupportedModelError
-from sap_fast.families import ACTIVATIONS, FAMILIES, Family, type_name
+from sap_fast.families import FAMILIES, Family, type_name
+from sap_fast.read_layer import (
+    ProjectionReader,
+    adapter_of,
+    check_all_read,
+    expect,
+    read_layer,
+    read_norm,
+    read_rotary,
+)
 
 _WRAPPERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "DDP is not supported yet; attach to the model itself",
@@ -24,8 +32,8 @@ _WRAPPERS = {
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # Attention implementations that compute softmax attention; a registered one of another name may not.
 _ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention")
-# Rotary embeddings that keep state between calls: frequencies then depend on what was run before.
-_STATEFUL_ROPE = ("dynamic", "longrope")
+# Settings, of whatever family, that change a forward in a way for which there is no rule.
+_UNSET = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
 
 def read_decoder(model: nn.Module) -> Decoder:
@@ -49,19 +57,21 @@ def read_decoder(model: nn.Module) -> Decoder:
             f"the model holds {len(trunk.layers)} layers, but config.num_hidden_layers is {config.num_hidden_layers}"
         )
     _check_weights(model)
+    check_all_read("the decoder", trunk, "embed_tokens", "layers", "norm")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    reader = _ProjectionReader(names)
-    layers = tuple(_read_layer(f"layers.{i}", m, family, config, reader) for i, m in enumerate(trunk.layers))
+    reader = ProjectionReader(names)
+    layers = tuple(read_layer(i, m, family, config, reader) for i, m in enumerate(trunk.layers))
     _check_plain("the output head", base.lm_head, nn.Linear)
-    _check_plain("the embeddings", trunk.embed_tokens, nn.Embedding)
+    _check_embedding(trunk.embed_tokens, family)
     if base.lm_head.bias is not None:
         raise UnsupportedModelError("the output head has a bias, for which there is no rule")
     decoder = Decoder(
         layers=layers,
         embedding=trunk.embed_tokens,
-        norm=_read_norm("norm", trunk.norm, family),
+        embed_scale=family.embed_scale,
+        norm=read_norm("norm", trunk.norm, family),
         head=base.lm_head,
-        rotary_embedding=_read_rotary(trunk.rotary_emb, family),
+        rotary_embedding=read_rotary(trunk.rotary_emb, family),
         adapters=reader.adapters,
         trained={name: p for name, p in reader.adapters.items() if p.requires_grad},
     )
@@ -79,7 +89,7 @@ def check_adapters(decoder: Decoder) -> None:
     for i, layer in enumerate(decoder.layers):
         for projection in layer.projections:
             lora = projection.lora
-            if lora is not None and _adapter_of(lora, f"layers.{i}") != (projection.adapter or None):
+            if lora is not None and adapter_of(lora, f"layers.{i}") != (projection.adapter or None):
                 raise UnsupportedModelError(f"the active adapter of layers.{i} has changed; detach and attach again")
 
 
@@ -112,10 +122,10 @@ def _base_model(model: nn.Module) -> Any:
 def _family_of(base: nn.Module) -> Family:
     family = next((f for f in FAMILIES if f.names("ForCausalLM", base)), None)
     if family is None:
-        known = ", ".join(f"{f.prefix}ForCausalLM" for f in FAMILIES)
+        known = ", ".join(f.class_of("ForCausalLM") for f in FAMILIES)
         raise UnsupportedModelError(
             f"{type_name(base)} has no rule table; there are tables for {known} (exact classes, of transformers). "
-            "sap_fast/families.py says how to add a family"
+            "Adding a family takes one entry in a table: sap_fast/families.md, beside the installed package, tells how"
         )
     return family
 
@@ -123,27 +133,8 @@ def _family_of(base: nn.Module) -> Family:
 def _find(base: nn.Module, family: Family, part: str) -> Any:
     found = [module for module in base.modules() if family.names(part, module)]
     if len(found) != 1:
-        raise UnsupportedModelError(f"expected one {family.prefix}{part} in the model, but found {len(found)}")
-    return _expect(found[0], family, part, "the model")
-
-
-def _expect(module: nn.Module, family: Family, part: str, name: str) -> Any:
-    if not family.names(part, module):
-        raise UnsupportedModelError(
-            f"{name} is a {type_name(module)}, not a {family.prefix}{part}: it has no pair rule"
-        )
-    _check_own_forward(name, module, family.module)
-    return module
-
-
-def _check_own_forward(name: str, module: nn.Module, home: str) -> None:
-    """Refuse a class whose forward was patched for the whole process."""
-    found = type(module).forward.__module__
-    if found != home:
-        raise UnsupportedModelError(
-            f"the forward of {type(module).__name__} ({name}) was replaced by one from {found}; the pair forward would "
-            "bypass it. Undo the patch"
-        )
+        raise UnsupportedModelError(f"expected one {family.class_of(part)} in the model, but found {len(found)}")
+    return expect(found[0], family, part, "the model")
 
 
 def _check_config(config: Any) -> None:
@@ -155,6 +146,10 @@ def _check_config(config: Any) -> None:
         )
     if getattr(config, "is_causal", True) is False:
         raise UnsupportedModelError("is_causal=False has no pair rule: attention here is causal")
+    for name in _UNSET:
+        value = getattr(config, name, None)
+        if value is not None and value is not False:
+            raise UnsupportedModelError(f"config.{name}={value} has no pair rule")
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -199,7 +194,7 @@ def _check_trained(model: nn.Module, decoder: Decoder) -> None:
 
 def _check_one_dtype(decoder: Decoder) -> None:
     """The stacked batch has one dtype, that of the frozen weights; adapters may have another."""
-    norms = [norm for layer in decoder.layers for norm in (layer.input_norm, layer.post_norm)]
+    norms = [norm for layer in decoder.layers for norm in layer.norms]
     weights = [decoder.embedding.weight, decoder.head.weight, *(norm.weight for norm in (*norms, decoder.norm))]
     weights += [p.base.weight for layer in decoder.layers for p in layer.projections]
     dtypes = {weight.dtype for weight in weights}
@@ -209,125 +204,20 @@ def _check_one_dtype(decoder: Decoder) -> None:
         )
 
 
+def _check_embedding(module: nn.Module, family: Family) -> None:
+    if family.embed_scale is None:
+        _check_plain("the embeddings", module, nn.Embedding)
+    else:
+        _check_unadapted("the embeddings", module)
+        expect(module, family, "Embedding", "the embeddings")
+
+
 def _check_plain(what: str, module: nn.Module, expected: type) -> None:
-    if "peft" in type(module).__module__:
-        raise UnsupportedModelError(f"{what} carries an adapter ({type_name(module)}); leave it out of target_modules")
+    _check_unadapted(what, module)
     if type(module) is not expected:
         raise UnsupportedModelError(f"{what} is a {type_name(module)}, not a {expected.__name__}: it has no pair rule")
 
 
-def _read_norm(name: str, module: nn.Module, family: Family) -> Norm:
-    return Norm(_expect(module, family, "RMSNorm", name), family.norm_offset)
-
-
-def _read_rotary(module: nn.Module, family: Family) -> Any:
-    rotary = _expect(module, family, "RotaryEmbedding", "rotary_emb")
-    if rotary.rope_type in _STATEFUL_ROPE:
-        raise UnsupportedModelError(
-            f"rope_type={rotary.rope_type!r} changes with the longest sequence seen so far, so the passes of a step "
-            "would disagree: it has no pair rule"
-        )
-    return rotary
-
-
-def _read_layer(name: str, module: nn.Module, family: Family, config: Any, reader: "_ProjectionReader") -> Layer:
-    layer: Any = _expect(module, family, "DecoderLayer", name)
-    attn: Any = _expect(layer.self_attn, family, "Attention", f"{name}.self_attn")
-    mlp: Any = _expect(layer.mlp, family, "MLP", f"{name}.mlp")
-    if attn.attention_dropout:
-        raise UnsupportedModelError(
-            f"{name}.self_attn has attention_dropout={attn.attention_dropout}, which has no pair rule; set "
-            "attention_dropout to 0 in the config and in each layer's self_attn"
-        )
-    if not attn.is_causal:
-        raise UnsupportedModelError(f"{name}.self_attn is not causal: it has no pair rule")
-    activation = ACTIVATIONS.get(type_name(mlp.act_fn))
-    if activation is None:
-        raise UnsupportedModelError(
-            f"{name}.mlp.act_fn is a {type_name(mlp.act_fn)}, an activation without a pair rule"
-        )
-    return Layer(
-        module=layer,
-        input_norm=_read_norm(f"{name}.input_layernorm", layer.input_layernorm, family),
-        post_norm=_read_norm(f"{name}.post_attention_layernorm", layer.post_attention_layernorm, family),
-        qkv=(
-            reader.read(f"{name}.self_attn.q_proj", attn.q_proj),
-            reader.read(f"{name}.self_attn.k_proj", attn.k_proj),
-            reader.read(f"{name}.self_attn.v_proj", attn.v_proj),
-        ),
-        o=reader.read(f"{name}.self_attn.o_proj", attn.o_proj),
-        gate_up=(
-            reader.read(f"{name}.mlp.gate_proj", mlp.gate_proj),
-            reader.read(f"{name}.mlp.up_proj", mlp.up_proj),
-        ),
-        down=reader.read(f"{name}.mlp.down_proj", mlp.down_proj),
-        head_dim=attn.head_dim,
-        scale=attn.scaling,
-        window=family.window(config, attn),
-        activation=activation,
-    )
-
-
-def _adapter_of(lora: Any, name: str) -> str | None:
-    """The one active adapter of a PEFT layer that it holds, or None; refuses every other state."""
-    if lora.merged:
-        raise UnsupportedModelError(f"{name} has merged adapters {lora.merged_adapters}; unmerge them first")
-    if lora.disable_adapters:
-        raise UnsupportedModelError(f"{name} has its adapters disabled; enable them first")
-    active = [key for key in lora.active_adapters if key in lora.lora_A]
-    if len(active) > 1:
-        raise UnsupportedModelError(f"{name} has several active adapters {active}; set one (model.set_adapter)")
-    return active[0] if active else None
-
-
-class _ProjectionReader:
-    """Reads linear modules and gathers their LoRA tensors by parameter name."""
-
-    def __init__(self, names: dict[int, str]) -> None:
-        self._names = names
-        self._salts = itertools.count(1)
-        self.adapters: dict[str, nn.Parameter] = {}
-
-    def read(self, name: str, module: nn.Module) -> Projection:
-        from peft.tuners.lora.layer import Linear as LoraLinear
-
-        if type(module) is nn.Linear:
-            _check_own_forward(name, module, "torch.nn.modules.linear")
-            return Projection(module)
-        if type(module) is not LoraLinear:
-            raise UnsupportedModelError(
-                f"{name} is a {type_name(module)}, for which there is no pair rule; nn.Linear and PEFT's LoRA Linear "
-                "have one"
-            )
-        _check_own_forward(name, module, "peft.tuners.lora.layer")
-        lora: Any = module
-        if type(lora.base_layer) is not nn.Linear:
-            raise UnsupportedModelError(
-                f"{name} adapts a {type_name(lora.base_layer)}, for which there is no pair rule; nn.Linear has one, "
-                "quantized and twice adapted layers not yet"
-            )
-        adapter = _adapter_of(lora, name)
-        if adapter is None:
-            return Projection(lora.base_layer, lora)
-        _check_vanilla(name, lora, adapter)
-        a, b = lora.lora_A[adapter].weight, lora.lora_B[adapter].weight
-        names = self._names[id(a)], self._names[id(b)]
-        self.adapters |= {names[0]: a, names[1]: b}
-        return Projection(lora.base_layer, lora, adapter, *names, salt=next(self._salts))
-
-
-def _check_vanilla(name: str, lora: Any, adapter: str) -> None:
-    """Refuse every LoRA but ``y += scaling B A dropout(x)``."""
-    if lora.use_dora.get(adapter) or adapter in lora.lora_magnitude_vector:
-        raise UnsupportedModelError(f"{name} uses DoRA, for which there is no pair rule; set use_dora=False")
-    if adapter in lora.lora_variant:
-        variant = type(lora.lora_variant[adapter]).__name__
-        raise UnsupportedModelError(f"{name} uses the LoRA variant {variant}, which has no pair rule")
-    a, b = lora.lora_A[adapter], lora.lora_B[adapter]
-    for part, factor in (("lora_A", a), ("lora_B", b)):
-        if type(factor) is not nn.Linear:
-            raise UnsupportedModelError(f"{name}.{part} is a {type_name(factor)}, for which there is no pair rule")
-        if factor.bias is not None:
-            raise UnsupportedModelError(f"{name}.{part} has a bias (lora_bias); set lora_bias=False")
-    if type(lora.lora_dropout[adapter]) not in (nn.Dropout, nn.Identity):
-        raise UnsupportedModelError(f"{name} has {type_name(lora.lora_dropout[adapter])} as its dropout")
+def _check_unadapted(what: str, module: nn.Module) -> None:
+    if "peft" in type(module).__module__:
+        raise UnsupportedModelError(f"{what} carries an adapter ({type_name(module)}); leave it out of target_modules")

@@ -7,6 +7,10 @@ probe, inside the next norm:
     h, y = probe_rms_norm(residual, update, probe of the layer before)
     h, y = probe_rms_norm(h, attention(y));  hand on (h, mlp(y))
 
+Families that normalise an output before it is added (sandwich norms) have ``rms_norm`` around ``attention(y)`` and
+``mlp(y)``: what is handed on stays the residual stream and the summand, so the probe and the scale of a layer's
+output keep their meaning.
+
 Beneath the lowest probe the primal half needs no gradient, so the ops there run their half backward.
 """
 
@@ -56,7 +60,8 @@ class Pass:
 
     ``theta`` holds the values of all LoRA tensors by name. ``theta_dot`` holds the direction, and makes the pass
     a pair; gradients go to it (see :func:`sap_fast.ops.lora_linear`), else to ``theta``. ``probe`` holds
-    ``[S, d]`` stacks by layer. ``seed`` draws the dropout masks; None is a pass without dropout.
+    ``[S, d]`` stacks by layer. ``seed`` draws the dropout masks; None is a pass without dropout. ``rotary`` holds
+    ``(cos, sin)`` of every row by the layers' ``rotary_type``.
     """
 
     rows: Rows
@@ -64,8 +69,7 @@ class Pass:
     theta_dot: Weights | None
     probe: Mapping[int, Tensor]
     seed: Tensor | None
-    cos: Tensor
-    sin: Tensor
+    rotary: Mapping[str | None, tuple[Tensor, Tensor]]
     rms: dict[int, Tensor] = field(default_factory=dict)  # per-row RMS of each probed layer's output [rows]
 
     @property
@@ -75,10 +79,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMSNorm module and how to read it."""
+    """An RMSNorm module and how to read it: what is added to its weight, and the name of its epsilon."""
 
     module: Any
     offset: float
+    eps_name: str
 
     @property
     def weight(self) -> Tensor:
@@ -86,7 +91,24 @@ class Norm:
 
     @property
     def eps(self) -> float:
-        return float(self.module.variance_epsilon)
+        return float(getattr(self.module, self.eps_name))
+
+    def __call__(self, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The norm of a pair over its last dimension."""
+        # The op has one dimension of rows; of heads that are packed, rows and heads flatten without a copy.
+        flat, flat_dot = x.flatten(0, -2), None if x_dot is None else x_dot.flatten(0, -2)
+        y, y_dot = rms_norm(flat, flat_dot, self.weight, eps=self.eps, offset=self.offset)
+        return y.view(x.shape), None if y_dot is None else y_dot.view(x.shape)
+
+    def of_sum(
+        self, stream: "Stream", probe: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+        """``(h, h_dot, y, y_dot, rstd)``: the sum of the stream and the probe, and its norm."""
+        residual, residual_dot, update, update_dot = stream
+        assert update is not None  # a layer has run
+        return probe_rms_norm(
+            residual, residual_dot, update, update_dot, probe, self.weight, eps=self.eps, offset=self.offset
+        )
 
 
 @dataclass(frozen=True)
@@ -128,20 +150,30 @@ class Layer:
     """One decoder layer: its parts, and its forward on a stream."""
 
     module: nn.Module
-    input_norm: Norm
-    post_norm: Norm
+    norm_before_attention: Norm
+    norm_after_attention: Norm | None
+    norm_before_mlp: Norm
+    norm_after_mlp: Norm | None
     qkv: tuple[Projection, Projection, Projection]
+    q_norm: Norm | None
+    k_norm: Norm | None
     o: Projection
     gate_up: tuple[Projection, Projection]
     down: Projection
     head_dim: int
     scale: float
     window: int | None
+    rotary_type: str | None  # which of a Pass's tables turns queries and keys; None where all layers share one
     activation: str
 
     @property
     def projections(self) -> tuple[Projection, ...]:
         return (*self.qkv, self.o, *self.gate_up, self.down)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        stream = self.norm_before_attention, self.norm_after_attention, self.norm_before_mlp, self.norm_after_mlp
+        return tuple(norm for norm in (*stream, self.q_norm, self.k_norm) if norm is not None)
 
     def forward(self, stream: Stream, probe: Tensor | None, run: Pass) -> tuple[Stream, Tensor | None]:
         """Run the layer; ``probe`` is that of the layer before, whose sum with the stream is taken here.
@@ -149,26 +181,29 @@ class Layer:
         Returns:
             The stream, and ``rstd [rows]`` of the sum (None in the first layer, which has none).
         """
-        residual, residual_dot, update, update_dot = stream
-        norm = self.input_norm
+        residual, residual_dot, update, _ = stream
         rstd: Tensor | None = None
         if update is None:
-            y, y_dot = rms_norm(residual, residual_dot, norm.weight, eps=norm.eps, offset=norm.offset)
+            y, y_dot = self.norm_before_attention(residual, residual_dot)
         else:
-            residual, residual_dot, y, y_dot, rstd = probe_rms_norm(
-                residual, residual_dot, update, update_dot, probe, norm.weight, eps=norm.eps, offset=norm.offset
-            )
+            residual, residual_dot, y, y_dot, rstd = self.norm_before_attention.of_sum(stream, probe)
         m, m_dot = self._attention(y, y_dot, run)
-        norm = self.post_norm
-        residual, residual_dot, y, y_dot, _ = probe_rms_norm(
-            residual, residual_dot, m, m_dot, None, norm.weight, eps=norm.eps, offset=norm.offset
-        )
-        return Stream(residual, residual_dot, *self._mlp(y, y_dot, run)), rstd
+        if self.norm_after_attention is not None:
+            m, m_dot = self.norm_after_attention(m, m_dot)
+        residual, residual_dot, y, y_dot, _ = self.norm_before_mlp.of_sum(Stream(residual, residual_dot, m, m_dot))
+        m, m_dot = self._mlp(y, y_dot, run)
+        if self.norm_after_mlp is not None:
+            m, m_dot = self.norm_after_mlp(m, m_dot)
+        return Stream(residual, residual_dot, m, m_dot), rstd
 
     def _attention(self, y: Tensor, y_dot: Tensor | None, run: Pass) -> tuple[Tensor, Tensor | None]:
         qkv = lora_linear(y, y_dot, [p.target(run) for p in self.qkv], seed=run.seed)
         (q, q_dot), (k, k_dot), (v, v_dot) = ((self._heads(x), self._heads(x_dot)) for x, x_dot in qkv)
-        q, q_dot, k, k_dot = rotary(q, q_dot, k, k_dot, run.cos, run.sin)
+        if self.q_norm is not None:
+            q, q_dot = self.q_norm(q, q_dot)
+        if self.k_norm is not None:
+            k, k_dot = self.k_norm(k, k_dot)
+        q, q_dot, k, k_dot = rotary(q, q_dot, k, k_dot, *run.rotary[self.rotary_type])
         o, o_dot = attention(
             q,
             q_dot,
@@ -200,6 +235,7 @@ class Decoder:
 
     layers: tuple[Layer, ...]
     embedding: nn.Embedding
+    embed_scale: str | None  # the attribute of the embedding by which its output is multiplied
     norm: Norm
     head: nn.Linear
     rotary_embedding: Any
@@ -267,13 +303,19 @@ class Decoder:
             theta_dot = {**theta_dot, **frozen}
         with torch.no_grad():
             like = torch.empty(0, dtype=compute_dtype(self.embedding.weight), device=self.device)
-            cos, sin = self.rotary_embedding(like, rows.position_ids[None])
-        return Pass(rows, theta, theta_dot, probe or {}, seed, cos[0], sin[0])
+            tables = {}
+            for kind in {layer.rotary_type for layer in self.layers}:
+                which = {} if kind is None else {"layer_type": kind}
+                cos, sin = self.rotary_embedding(like, rows.position_ids[None], **which)
+                tables[kind] = cos[0], sin[0]
+        return Pass(rows, theta, theta_dot, probe or {}, seed, tables)
 
     def embed(self, run: Pass) -> Stream:
         """The stream that enters the first layer. Embeddings are frozen, so their tangent is zero."""
         with torch.no_grad():
             x = F.embedding(run.rows.input_ids, self.embedding.weight)
+            if self.embed_scale is not None:
+                x *= getattr(self.embedding, self.embed_scale).to(x.dtype)
             if not run.is_pair:
                 return Stream(x, None)
             pair = x.new_zeros((2, *x.shape))
@@ -291,7 +333,7 @@ class Decoder:
                 call = partial(checkpoint, call, use_reentrant=False, preserve_rng_state=False)
             stream, rstd = call(stream, probe, run)
             if probe is not None:
-                run.rms[i - 1] = _rms(rstd, self.layers[i].input_norm.eps)
+                run.rms[i - 1] = _rms(rstd, self.layers[i].norm_before_attention.eps)
         return stream
 
     def score(self, run: Pass, stream: Stream) -> tuple[Tensor, Tensor | None]:
@@ -303,18 +345,8 @@ class Decoder:
             return None if x is None else x.index_select(0, rows)
 
         # Only scored rows matter from here on; but a probe on the last layer takes its scale from all of them.
-        residual, residual_dot, update, update_dot = stream if probed else map(scored, stream)
-        assert residual is not None and update is not None  # at least one layer has run
-        _, _, y, y_dot, rstd = probe_rms_norm(
-            residual,
-            residual_dot,
-            update,
-            update_dot,
-            run.probe.get(last),
-            norm.weight,
-            eps=norm.eps,
-            offset=norm.offset,
-        )
+        stream = stream if probed else Stream(*map(scored, stream))
+        _, _, y, y_dot, rstd = norm.of_sum(stream, run.probe.get(last))
         if probed:
             run.rms[last] = _rms(rstd, norm.eps)
             y, y_dot = scored(y), scored(y_dot)

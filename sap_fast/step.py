@@ -315,7 +315,7 @@ def attach(model: nn.Module, config: SAPConfig | None = None) -> SAP:
     """Prepare Safety-Aware Probing on a model with LoRA adapters.
 
     Args:
-        model: a transformers causal language model (Llama, Mistral, Qwen2) with LoRA adapters, as
+        model: a transformers causal language model (Llama, Mistral, Qwen2, Qwen3, Gemma-3) with LoRA adapters, as
             ``peft.get_peft_model`` makes it.
         config: the method's settings; defaults if None.
 

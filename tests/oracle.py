@@ -24,6 +24,26 @@ FAMILIES = {
         "Qwen2ForCausalLM",
         {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
     ),
+    "qwen3": (
+        "Qwen3Config",
+        "Qwen3ForCausalLM",
+        {"head_dim": 6, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    # Sliding and full attention in turn, which differ in their rotary tables.
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            "head_dim": 6,
+            "query_pre_attn_scalar": 10,
+            "sliding_window": 4,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+            },
+        },
+    ),
 }
 VOCAB = 37
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -51,8 +71,9 @@ def base_model(family: str = "llama", layers: int = 4, dtype: torch.dtype = torc
     model = getattr(transformers, model_name)(config).to(dtype)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            # Weights and biases large enough that every nonlinearity is felt, norms away from 1.
-            p.copy_(torch.randn_like(p) * (0.3 if "norm" in name or "bias" in name else 0.15) + ("norm" in name))
+            # Weights and biases large enough that every nonlinearity is felt, norms away from where they start.
+            noise = torch.randn_like(p) * (0.3 if "norm" in name or "bias" in name else 0.15)
+            p.copy_(p + noise if "norm" in name else noise)
     return model
 
 
@@ -109,11 +130,16 @@ def everything_in_float64(model: nn.Module) -> Iterator[None]:
     def rms_norm(self: nn.Module, x: Tensor) -> Tensor:
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
+    def gemma_rms_norm(self: nn.Module, x: Tensor) -> Tensor:
+        return (1 + self.weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
     def softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.softmax(x, dim)
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(norm, "forward", rms_norm))
+        stack.enter_context(
+            mock.patch.object(norm, "forward", gemma_rms_norm if "Gemma" in norm.__name__ else rms_norm)
+        )
         stack.enter_context(mock.patch.object(module.nn.functional, "softmax", softmax))
         yield
 

@@ -13,6 +13,14 @@ import sap_fast
 from sap_fast import SAPConfig, UnsupportedModelError
 
 CONFIG = SAPConfig(probe_layers=(1,))
+TINY = {
+    "vocab_size": 37,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def peft_model(**settings: Any) -> nn.Module:
@@ -59,11 +67,11 @@ def patched_forward() -> nn.Module:
     return model
 
 
-def changed(change: Callable[[Any], None]) -> Callable[[], nn.Module]:
+def changed(change: Callable[[Any], None], family: str = "llama") -> Callable[[], nn.Module]:
     """A model that attach accepts, but for one change to the transformers model in it."""
 
     def make() -> nn.Module:
-        model = tiny_model()
+        model = tiny_model(family)
         change(model.get_base_model())
         return model
 
@@ -150,6 +158,63 @@ def other_family() -> nn.Module:
     return get_peft_model(GPT2LMHeadModel(config), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
 
 
+def further_family(name: str) -> Callable[[], nn.Module]:
+    """A tiny model of a family that transformers has and the rule tables do not."""
+
+    def make() -> nn.Module:
+        import transformers
+
+        config = getattr(transformers, f"{name}Config")(pad_token_id=0, **TINY)
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"]))
+
+    return make
+
+
+def images_too() -> nn.Module:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(text_config={**TINY, "head_dim": 8}, vision_config=vision, mm_tokens_per_image=4)
+    return get_peft_model(Gemma3ForConditionalGeneration(config), LoraConfig(r=2, target_modules=["o_proj"]))
+
+
+def set_config(**settings: Any) -> Callable[[Any], None]:
+    def change(base: Any) -> None:
+        for name, value in settings.items():
+            setattr(base.config, name, value)
+
+    return change
+
+
+def norm_of_values(base: Any) -> None:
+    """What a family may have that its table does not name."""
+    attention = base.model.layers[1].self_attn
+    attention.v_norm = type(attention.q_norm)(6).double().requires_grad_(False)
+
+
+def norm_over_all_heads(base: Any) -> None:
+    attention = base.model.layers[1].self_attn
+    attention.q_norm = type(attention.q_norm)(24).double().requires_grad_(False)
+
+
+def longrope_in_full_layers(base: Any) -> None:
+    base.model.rotary_emb.rope_type["full_attention"] = "longrope"
+
+
+def layers_exchanged(base: Any) -> None:
+    first, second, *rest = base.model.layers
+    base.model.layers = nn.ModuleList((second, first, *rest))
+
+
 def frozen() -> nn.Module:
     return tiny_model().requires_grad_(False)
 
@@ -170,6 +235,35 @@ def data_parallel() -> nn.Module:
 
 REFUSED = {
     "other family": (other_family, "GPT2LMHeadModel has no rule table"),
+    "Gemma2": (further_family("Gemma2"), r"Gemma2ForCausalLM has no rule table.*Gemma3ForCausalLM.*families\.md"),
+    "Phi3": (further_family("Phi3"), r"Phi3ForCausalLM has no rule table.*Qwen3ForCausalLM.*families\.md"),
+    "images too": (images_too, r"Gemma3ForConditionalGeneration has no rule table.*families\.md"),
+    "softcapped scores": (
+        changed(set_config(attn_logit_softcapping=50.0), "gemma3"),
+        r"config\.attn_logit_softcapping=50\.0 has no pair rule",
+    ),
+    "softcapped logits": (
+        changed(set_config(final_logit_softcapping=30.0), "gemma3"),
+        r"config\.final_logit_softcapping=30\.0 has no pair rule",
+    ),
+    "bidirectional": (
+        changed(set_config(use_bidirectional_attention=True), "gemma3"),
+        r"config\.use_bidirectional_attention=True has no pair rule",
+    ),
+    "unnamed norm": (
+        changed(norm_of_values, "qwen3"),
+        r"layers\.1\.self_attn .*Qwen3Attention.* does not name: \['v_norm'\]",
+    ),
+    "norm over all heads": (
+        changed(norm_over_all_heads, "qwen3"),
+        r"layers\.1\.self_attn\.q_norm is over 24 channels",
+    ),
+    "layers exchanged": (changed(layers_exchanged, "gemma3"), r"layers\.0\.self_attn was built for 'full_attention'"),
+    "stateful rotary embedding of one layer type": (changed(longrope_in_full_layers, "gemma3"), "rope_type='longrope'"),
+    "LoRA on scaled embeddings": (
+        lambda: tiny_model("gemma3", ("q_proj", "embed_tokens")),
+        "embeddings carries an adapter",
+    ),
     "DoRA": (lambda: peft_model(use_dora=True), r"q_proj.*DoRA"),
     "modules_to_save": (lambda: peft_model(modules_to_save=["lm_head"]), "modules_to_save"),
     "lora_bias": (lambda: peft_model(lora_bias=True, init_lora_weights=True), r"q_proj.*lora_bias"),

@@ -1,10 +1,13 @@
 """Attach and detach: what is found, what is noticed later, and that nothing is left behind."""
 
 import copy
+import dataclasses
 import gc
 import pickle
+import re
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -254,3 +257,56 @@ def test_autocast_is_refused_with_the_way_out() -> None:
     sap = sap_fast.attach(model, CONFIG)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=r"dtype=torch\.bfloat16"):
         sap.step(random_batch(), random_pairs())
+
+
+def test_the_page_on_families_lists_the_fields_of_an_entry() -> None:
+    from sap_fast.families import Family
+
+    page = (Path(sap_fast.__file__).parent / "families.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|(?: `(.*?)`)?", page, re.M)
+    assert [name for name, _ in listed] == [field.name for field in dataclasses.fields(Family)]
+    entry = Family("", "")
+    assert all(eval(default) == getattr(entry, name) for name, default in listed if default)
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong", "message"),
+    [
+        ("gemma3", {"norm_after_mlp": None}, r"layers\.0 .*does not name: \['post_feedforward_layernorm'\]"),
+        ("qwen3", {"k_norm": None}, r"layers\.0\.self_attn .*does not name: \['k_norm'\]"),
+        ("gemma3", {"embed_scale": None}, "the embeddings is a .*Gemma3TextScaledWordEmbedding, not a Embedding"),
+        ("gemma3", {"rotary_by_layer_type": False}, "a table for each layer type"),
+        ("qwen3", {"rotary_by_layer_type": True}, "one table for all layers"),
+        ("gemma3", {"classes": {}}, "expected one Gemma3Model in the model, but found 0"),
+    ],
+    ids=str,
+)
+def test_an_entry_that_leaves_something_out_is_refused(
+    family: str, wrong: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sap_fast import convert, families
+
+    entries = [dataclasses.replace(f, **wrong) if f.prefix.lower() == family else f for f in families.FAMILIES]
+    monkeypatch.setattr(convert, "FAMILIES", entries)
+    with pytest.raises(UnsupportedModelError, match=message):
+        sap_fast.attach(tiny_model(family), CONFIG)
+
+
+def test_rotary_tables_are_computed_once_a_pass_and_layer_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+
+    from sap_fast.batch import pack
+    from sap_fast.convert import read_decoder
+
+    real, seen = Gemma3RotaryEmbedding.forward, []
+
+    def counted(self: nn.Module, x: Any, position_ids: Any, layer_type: str) -> Any:
+        seen.append(layer_type)
+        return real(self, x, position_ids, layer_type)
+
+    decoder = read_decoder(tiny_model("gemma3"))
+    rows = pack(random_batch(), vocab_size=decoder.vocab_size, device=decoder.device)
+    monkeypatch.setattr(Gemma3RotaryEmbedding, "forward", counted)
+    with decoder.installed():
+        decoder.forward(decoder.start(rows, None))
+    assert sorted(seen) == ["full_attention", "sliding_attention"]

@@ -1,6 +1,10 @@
 """Whole models: the dual pass against double backward through transformers' own model, in float64."""
 
 import copy
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +17,13 @@ from oracle import (
     random_batch,
     random_pairs,
     tiny_model,
+    token_log_p,
     unit_direction,
 )
 from torch import Tensor
 
-from sap_fast import SAPConfig, passes
+import sap_fast
+from sap_fast import SAPConfig, UnsupportedModelError, convert, families, passes
 from sap_fast.batch import pack, pack_pairs
 from sap_fast.convert import read_decoder
 from sap_fast.direction import harmful_direction
@@ -74,6 +80,45 @@ def test_dual_pass_equals_double_backward(family: str, targets: str, layers: tup
     assert worst(found.probe_dot, probe_dot) < 1e-8
 
 
+def test_the_example_of_the_page_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry and the line for the tests that families.md shows, run as they stand there."""
+    page = (Path(sap_fast.__file__).parent / "families.md").read_text(encoding="utf-8")
+    entry, line = (eval(code, {"Family": families.Family}) for code in re.findall(r"```python\n(.*?)```", page, re.S))
+    (name,) = line
+    monkeypatch.setitem(FAMILIES, name, line[name])
+    with pytest.raises(UnsupportedModelError, match=r"has no rule table.*families\.md"):
+        read_decoder(tiny_model(name))
+    monkeypatch.setattr(convert, "FAMILIES", (*families.FAMILIES, entry))
+    test_dual_pass_equals_double_backward(name, "all-linear", (1, 3))
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "no offset": {"norm_offset": 0.0},
+    "no window": {"window": lambda config, attention: None},
+    "norms exchanged": {
+        "norm_before_attention": "pre_feedforward_layernorm",
+        "norm_before_mlp": "input_layernorm",
+    },
+    "norms of outputs exchanged": {
+        "norm_after_attention": "post_feedforward_layernorm",
+        "norm_after_mlp": "post_attention_layernorm",
+    },
+    "head norms exchanged": {"q_norm": "k_norm", "k_norm": "q_norm"},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+def test_an_entry_that_does_not_fit_is_found(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above have teeth: what an entry says wrongly, and attach cannot see, is far beyond their bounds."""
+    entries = [dataclasses.replace(f, **wrong) if f.prefix == "Gemma3" else f for f in families.FAMILIES]
+    monkeypatch.setattr(convert, "FAMILIES", entries)
+    model, batch, vectors = tiny_model("gemma3"), random_batch(), random_probe((1,))
+    with everything_in_float64(model):
+        u = unit_direction(model, random_pairs())
+        loss = exact(model, batch, u, vectors)[0]
+    assert relative(dual(model, batch, u, vectors).loss, loss) > 1e-3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dual_pass_agrees_with_the_unmodified_model(family: str) -> None:
     # transformers casts norms and softmax to float32 even in a float64 model: hence 1e-6. Each layer adds to that
@@ -123,14 +168,32 @@ def test_left_padding_gives_what_right_padding_gives() -> None:
     assert worst(a.probe_dot, b.probe_dot) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_is_as_good_as_that_of_the_unmodified_model(family: str, dtype: torch.dtype) -> None:
+    """Against float64 at the same weights, each token's loss is as near as transformers' own forward comes."""
+    model, batch = tiny_model(family, ALL_LINEAR, dtype=dtype, adapter_dtype=torch.float32), random_batch(4, 12)
+    wide, decoder = copy.deepcopy(model).double(), read_decoder(model)
+    rows = pack(batch, vocab_size=VOCAB, device=decoder.device)
+    with torch.no_grad(), decoder.installed():
+        ours, _ = decoder.forward(decoder.start(rows, None))
+    with torch.no_grad():
+        theirs, scored = token_log_p(model, batch)
+        with everything_in_float64(wide):
+            truth, _ = token_log_p(wide, batch)
+    # Two orders of rounding, each an error over a few dozen tokens: their ratio was seen between 0.45 and 1.86.
+    assert relative(ours, -truth[scored]) < 2 * relative(theirs[scored], truth[scored])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1 - 1e-9), (torch.bfloat16, 0.97)])
-def test_float32_and_bfloat16_models_follow_the_float64_one(dtype: torch.dtype, least: float) -> None:
+def test_float32_and_bfloat16_models_follow_the_float64_one(dtype: torch.dtype, least: float, family: str) -> None:
     """Cosines with the float64 derivative at the same, rounded weights.
 
     In bfloat16 a random network of width 32 is a hard case: rounding is not averaged over many channels. Real
     models are held to 0.995 by benchmarks/fidelity.py.
     """
-    model, batch = tiny_model("llama", ALL_LINEAR, layers=6), random_batch(4, 12)
+    model, batch = tiny_model(family, ALL_LINEAR, layers=6), random_batch(4, 12)
     with everything_in_float64(model):
         u = unit_direction(model, random_pairs())
     vectors = random_probe((2, 4))

@@ -90,9 +90,10 @@ def test_fresh_restart_stores_or_recomputes_to_the_same_gradient(layers: tuple, 
     assert gap(store[0], recompute[0]) < 1e-12
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("config", ["lagged", "fresh-store", "fresh-recompute"])
-def test_checkpointing_and_dropout_change_nothing_but_memory(config: str) -> None:
-    model = tiny_model("llama", ALL_LINEAR, lora_dropout=0.3).train()
+def test_checkpointing_and_dropout_change_nothing_but_memory(config: str, family: str) -> None:
+    model = tiny_model(family, ALL_LINEAR, lora_dropout=0.3).train()
     batch, pairs = random_batch(), random_pairs()
 
     def run() -> tuple[dict, dict, Any]:
@@ -133,8 +134,9 @@ class _Halves(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_beneath_the_lowest_probe_the_backward_carries_one_half() -> None:
-    model, batch = tiny_model("llama", ALL_LINEAR, layers=4), random_batch()
+@pytest.mark.parametrize(("family", "further_norms"), [("llama", 0), ("qwen3", 2), ("gemma3", 4)])
+def test_beneath_the_lowest_probe_the_backward_carries_one_half(family: str, further_norms: int) -> None:
+    model, batch = tiny_model(family, ALL_LINEAR, layers=4), random_batch()
     decoder = sap_fast.attach(model, CONFIG)._decoder
     rows = sap_fast.batch.pack(batch, vocab_size=decoder.vocab_size, device=decoder.device)
     u = {name: torch.randn_like(p) for name, p in lora(model).items()}
@@ -150,6 +152,9 @@ def test_beneath_the_lowest_probe_the_backward_carries_one_half() -> None:
     # Two norms a layer but for the very first, which has no update to add; then the final norm.
     assert halves.seen["probe_rms_norm_backward", 1] == 3
     assert halves.seen["probe_rms_norm_backward", 2] == 5
+    # Norms of heads and of outputs, in each layer.
+    for half in (1, 2):
+        assert halves.seen.get(("rms_norm_backward", half), 0) == 2 * further_norms
 
 
 def test_project_takes_away_the_component_toward_harm_and_nothing_else() -> None:

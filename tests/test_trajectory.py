@@ -43,10 +43,11 @@ def data(steps: int = STEPS) -> tuple[list, list]:
     return [random_batch() for _ in range(steps)], [random_pairs() for _ in range(steps)]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("released", [False, True], ids=["sign", "released"])
 @pytest.mark.parametrize("schedule", ["lagged", "fresh"])
-def test_twenty_steps_equal_the_reimplementation(schedule: str, released: bool) -> None:
-    model = tiny_model("llama", ("q_proj", "v_proj", "down_proj"))
+def test_twenty_steps_equal_the_reimplementation(schedule: str, released: bool, family: str) -> None:
+    model = tiny_model(family, ("q_proj", "v_proj", "down_proj"))
     twin, (batches, pairs) = copy.deepcopy(model), data()
     config = SAPConfig.released() if released else SAPConfig(strength=0.01)
     config = config.replace(schedule=schedule, probe_layers=LAYERS)
@@ -69,9 +70,10 @@ def test_published_difference_agrees_with_the_reimplementation_of_it() -> None:
     assert distance(ours, theirs) < 1e-6
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("layers", [(3,), (0, 3)], ids=str)
-def test_a_probe_on_the_last_layer_takes_its_scale_from_all_tokens(layers: tuple[int, ...]) -> None:
-    model = tiny_model("llama")
+def test_a_probe_on_the_last_layer_takes_its_scale_from_all_tokens(layers: tuple[int, ...], family: str) -> None:
+    model = tiny_model(family)
     twin, (batches, pairs) = copy.deepcopy(model), data(4)
     ours = train(model, batches, pairs, SAPConfig(probe_layers=layers))
     with everything_in_float64(twin):

@@ -32,7 +32,7 @@ help: ## list the targets
 	@echo "ARGS='...' is handed on to the demo, to pytest; PYTHON=... names the Python to set up with."
 
 demo: .venv/.stamp ## show what Safety-Aware Probing does, on a small model
-	@.venv/bin/python -m sap_fast.cli.demo $(ARGS)
+	@.venv/bin/python -m sap_fast demo $(ARGS)
 
 test: .venv/.stamp ## run the tests
 	$(TEST_ENV) .venv/bin/python -m pytest $(ARGS)

@@ -14,3 +14,7 @@ class BatchError(ValueError):
 
 class StepRefusedError(RuntimeError):
     """The step's numbers are unusable (not finite, or without direction). Nothing was written."""
+
+
+class DataError(ValueError):
+    """Training data that cannot be used; the message names the file and the line, or the row."""

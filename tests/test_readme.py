@@ -1,29 +1,82 @@
-"""The README's example runs as it stands, but for the model's folder."""
+"""What the pages show runs as it stands, but for the model's folder; their figures are those of the recorded runs."""
 
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat import save_chat_model
 
+from sap_fast.cli.main import main
+from sap_fast.data import read_table
+from sap_fast.data.formats import read_pairs, read_tasks
+
 README = Path(__file__).parents[1] / "README.md"
+DATA = README.parent / "sap_fast" / "data" / "README.md"
 RESULTS = README.parent / "benchmarks" / "results"
+MODEL = "path/to/a/chat/model"
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    folder = save_chat_model(tmp_path / "model")
-    code = example.replace("path/to/a/chat/model", str(folder))
-    assert code != example
+def blocks(page: Path, language: str) -> list[tuple[str, str]]:
+    """``(what follows the language, content)`` of a page's code blocks."""
+    return re.findall(rf"```{language}\b *([^\n]*)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with everything that the pages name."""
+    save_chat_model(tmp_path / MODEL)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks.jsonl").write_text(blocks(DATA, "jsonl")[0][1])
+    pairs = "".join(content for kind, content in blocks(DATA, "jsonl") if kind == "pairs")
+    (tmp_path / "pairs.jsonl").write_text(pairs.splitlines()[0])
+    (tmp_path / "held_out.jsonl").write_text(pairs.splitlines()[0])
+    (settings,) = (content for _, content in blocks(DATA, "yaml"))
+    (tmp_path / "run.yaml").write_text(settings)
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
+def test_the_python_examples_run(here: Path, capsys: Any, number: int) -> None:
+    code = blocks(README, "python")[number][1]
+    assert MODEL in code
     exec(compile(code, str(README), "exec"), {})
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 3
-    assert all(re.fullmatch(r"loss \d+\.\d+  margin [+-]\d+\.\d+  steering [+-]\d+\.\d+", line) for line in printed)
-    assert "adapter_model.safetensors" in os.listdir("adapter")
+    printed = capsys.readouterr().out
+    if "attach" in code:
+        pattern = r"loss \d+\.\d+  margin [+-]\d+\.\d+  steering [+-]\d+\.\d+"
+        assert [bool(re.fullmatch(pattern, line)) for line in printed.splitlines()] == [True] * 3
+        assert "adapter_model.safetensors" in os.listdir("adapter")
+    else:
+        assert all(key in printed for key in re.findall(r"sap/\w+", code))
+        assert "adapter_model.safetensors" in os.listdir("runs/trainer/adapter")
+
+
+@pytest.mark.parametrize("page", [README, DATA], ids=["README", "data"])
+def test_the_commands_run(here: Path, capsys: Any, page: Path) -> None:
+    lines = [line for _, content in blocks(page, "sh") for line in content.splitlines()]
+    assert lines
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "sap-fast"
+        assert main(arguments) == 0, capsys.readouterr().err
+
+
+def test_the_formats_are_read(tmp_path: Path) -> None:
+    readers = {"tasks": read_tasks, "pairs": read_pairs, "look_alikes": len}
+    found = blocks(DATA, "jsonl")
+    assert {kind for kind, _ in found} == readers.keys()
+    for kind, content in found:
+        (tmp_path / "x.jsonl").write_text(content)
+        assert readers[kind](read_table(tmp_path / "x.jsonl"))
+
+
+def test_the_make_targets_are_there() -> None:
+    makefile = (README.parent / "Makefile").read_text()
+    for target in re.findall(r"^make (\w[\w-]*)", README.read_text(encoding="utf-8"), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 def test_the_figures_are_those_of_the_results() -> None:

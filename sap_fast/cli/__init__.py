@@ -1,1 +1,1 @@
-"""Commands: parse, call the library, print."""
+"""The command ``sap-fast``: parse, call the library, print."""

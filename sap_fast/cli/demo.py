@@ -1,203 +1,214 @@
-"""``python -m sap_fast.cli.demo``: fine-tune SmolLM2-135M-Instruct with Safety-Aware Probing, on a CPU if need be.
+"""``sap-fast demo``: fine-tune an aligned model on benign data by three methods, and see what is left of its refusals.
 
-Real model, real tokenizer, the embedded benign examples and safety pairs, and the own-loop interface.
+SmolLM2-135M-Instruct, taught to refuse by a small adapter that ships with the package, is fine-tuned on the embedded
+benign tasks from the same start and with the same seed: plainly (sft), by Safety-Aware Probing (sap), and by projection
+(project), which takes from the task gradient its component toward harm. Everything is measured on held-out data.
 """
 
-import argparse
-import json
-import os
-import platform
 import sys
-import time
-import warnings
-from collections.abc import Sequence
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-import sap_fast
-from sap_fast.data import Pair, benign_examples, collate, collate_pairs, safety_pairs
-from sap_fast.data.smollm2 import smollm2
+from sap_fast.cli import output
+from sap_fast.cli.arguments import parse
+from sap_fast.cli.comparison import Point, Run, Settings, at_equal_loss, fine_tune
+from sap_fast.cli.environment import environment
+from sap_fast.cli.errors import CommandError
+from sap_fast.cli.eval import table
+from sap_fast.cli.figure import draw
+from sap_fast.cli.models import load_model, load_tokenizer, quiet
+from sap_fast.cli.train import Data, describe, write_adapter
+from sap_fast.config import SAPConfig
+from sap_fast.data import benign_examples, encode_pairs, encode_tasks, safety_pairs
+from sap_fast.evaluation.measure import Suite, embedded_suite, measure
 
-_COLUMNS = "step    loss  safety margin  steering  seconds"
+MAX_LENGTH = 256
+_METHODS = ("sft", "sap", "project")
+
+
+@dataclass
+class DemoArguments:
+    """The demonstration's settings; found by benchmarks/demo_search.py."""
+
+    steps: int = field(default=20, metadata={"help": "of each method"})
+    batch: int = field(default=4, metadata={"help": "benign tasks a step"})
+    pairs: int = field(default=4, metadata={"help": "safety pairs a step"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "AdamW's"})
+    strength: float = field(default=0.01, metadata={"help": "of sap's probe, in units of each layer's RMS"})
+    probe_layers: list[int] | None = field(default=None, metadata={"help": "counted from 0; else the middle third"})
+    methods: list[str] = field(
+        default_factory=lambda: list(_METHODS), metadata={"help": f"which of {_METHODS}, in this order"}
+    )
+    eval_every: int = field(default=5, metadata={"help": "measure on the way every so many steps"})
+    max_new_tokens: int = field(default=24, metadata={"help": "of each greedy answer; 0 writes none"})
+    seed: int = field(default=0, metadata={"help": "of adapters, data order and pairs"})
+    model: str | None = field(default=None, metadata={"help": "folder of another chat model to start from"})
+    output_dir: str = field(default="runs/demo", metadata={"help": "report, figure and adapters go there"})
+    overwrite: bool = field(default=False, metadata={"help": "write to a folder that holds other things"})
+
+    def check(self) -> None:
+        """Refuse settings that make no run.
+
+        Raises:
+            CommandError: naming the flag.
+        """
+        for name in ("steps", "batch", "pairs", "eval_every"):
+            if getattr(self, name) < 1:
+                raise CommandError(f"--{name} must be at least 1, but is {getattr(self, name)}")
+        if unknown := [name for name in self.methods if name not in _METHODS]:
+            raise CommandError(f"--methods knows {list(_METHODS)}, but not {unknown}")
+        if not self.learning_rate > 0:
+            raise CommandError(f"--learning_rate must be positive, but is {self.learning_rate}")
+
+    def configs(self) -> dict[str, SAPConfig | None]:
+        """Settings by method; None is plain fine-tuning."""
+        layers: dict[str, Any] = {} if self.probe_layers is None else {"probe_layers": tuple(self.probe_layers)}
+        try:
+            known = {
+                "sft": None,
+                "sap": SAPConfig(strength=self.strength, **layers),
+                "project": SAPConfig(guard="project"),
+            }
+        except ValueError as error:
+            raise CommandError(str(error)) from None
+        return {name: known[name] for name in self.methods}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    torch.manual_seed(args.seed)
-    device = torch.device(args.device)
-    name = args.model.name if args.model else "SmolLM2-135M-Instruct"
-    first = "" if args.model else " (the first time it is converted, which takes a minute)"
-    print(f"Reading {name}{first} ...", flush=True)
-    model, tokenizer = _load(args.model, device)
-    config = sap_fast.SAPConfig()
-    # Every other pair is for training; the rest, of the same kinds but other wording, measures.
-    pairs = safety_pairs()
-    train_pairs, held_out = pairs[0::2], pairs[1::2]
-    before = _margin(model, tokenizer, held_out)
+    """Measure the start, fine-tune by each method, print one table."""
+    (args,) = parse("demo", (DemoArguments,), sys.argv[1:] if argv is None else argv, __doc__ or "")
+    args.check()
+    configs, folder = args.configs(), Path(args.output_dir)
+    ours = {"report.json", "margin.png", *_METHODS}
+    # The demonstration may be run again where only it has written.
+    again = folder.is_dir() and {path.name for path in folder.iterdir()} <= ours
+    output.claim(folder, overwrite=args.overwrite or again)
+    if find_spec("matplotlib") is None:
+        raise CommandError("the demonstration draws a figure: pip install 'sap-fast[demo]'")
 
-    done: list[dict[str, Any]] = []
-    interrupted = False
+    base, name = _start(args.model)
+    print(f"Base model: {name} ({base})", flush=True)
+    tokenizer = load_tokenizer(str(base))
+    suite = embedded_suite(tokenizer, MAX_LENGTH)
+    data = Data(
+        encode_tasks(tokenizer, [x._asdict() for x in benign_examples()], MAX_LENGTH),
+        encode_pairs(tokenizer, [x._asdict() for x in safety_pairs()], MAX_LENGTH),
+    )
+    report: dict[str, Any] = {
+        "base_model": name,
+        "settings": {key: value for key, value in asdict(args).items() if key not in ("model", "output_dir")},
+        "environment": environment(_device()),
+        "measured": {},
+    }
+    measured: dict[str, dict[str, Any]] = report["measured"]
+    ways: dict[str, list[Point]] = {}
+    status = 0
     try:
-        _train(model, tokenizer, train_pairs, config, args, done)
+        with quiet():
+            start = load_model(str(base), dtype="float32", device=_device())
+            measured["start"] = dict(measure(start, tokenizer, suite, args.max_new_tokens).figures)
+        print(_line("start", measured["start"]), flush=True)
+        for method, config in configs.items():
+            model, run = _one(method, config, base, tokenizer, data, suite, args, folder)
+            write_adapter(model, tokenizer, folder / method)
+            ways[method] = run.way
+            measured[method] = {**run.figures, "seconds_per_step": run.seconds_per_step}
+            report |= {f"{method}_way": [asdict(p) for p in run.way], f"{method}_log": run.log}
+            if config is not None:
+                report[f"{method}_config"] = describe(config, model)
     except KeyboardInterrupt:
-        interrupted = True
-        print(f"\nInterrupted after {len(done)} steps; keeping what there is.")
-    after = _margin(model, tokenizer, held_out)
-    adapter = args.output / "adapter"
-    model.save_pretrained(adapter)
-    report = {
-        "model": name,
-        "config": {key: value for key, value in asdict(config).items() if not callable(value)},
-        "probe_layers": list(config.layers_of(model.config.num_hidden_layers)),
-        "settings": {
-            "steps": args.steps,
-            "batch": args.batch,
-            "pairs": args.pairs,
-            "lr": args.lr,
-            "seed": args.seed,
-        },
-        "environment": environment(device),
-        "held_out_margin": {"before": before, "after": after},
-        "steps": done,
-    }
-    _write(args.output / "report.json", report)
-    if done:
-        print(
-            f"\nTask loss {done[0]['loss']:.3f} -> {done[-1]['loss']:.3f} (on each step's own batch); "
-            f"median {sorted(s['seconds'] for s in done)[len(done) // 2]:.1f} s per step on {device}."
-        )
-    print(f"Margin log p(refusal) - log p(compliant opening) on {len(held_out)} held-out pairs, nats per token:")
-    print(f"  before {before:+.3f}, after {after:+.3f}")
-    if not args.model:
-        print("This model hardly refuses as it ships, so there is little to lose: this shows the mechanism.")
-    print(f"Adapter (plain PEFT, no probe in it): {adapter}\nReport: {args.output / 'report.json'}")
-    return 130 if interrupted else 0
+        print("\nInterrupted; keeping the methods that were finished.")
+        status = 130
+
+    verdict = _verdict(ways)
+    report["verdict"] = verdict
+    output.write_json(folder / "report.json", report)
+    print(f"\n{table(measured, {'seconds_per_step': 's / step'})}\n\n{verdict}")
+    if ways:
+        draw(folder / "margin.png", ways, f"{name}, benign fine-tuning")
+        print(f"Figure: {folder / 'margin.png'}; adapters (plain PEFT, no probe in them): {folder}/<method>")
+    print(f"Report: {folder / 'report.json'}")
+    return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sap_fast.cli.demo", description=__doc__)
-    parser.add_argument("--steps", type=_positive, default=20)
-    parser.add_argument("--batch", type=_positive, default=4, help="benign examples a step")
-    parser.add_argument("--pairs", type=_positive, default=4, help="safety pairs a step")
-    parser.add_argument("--lr", type=float, default=2e-4, help="AdamW's learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", type=Path, help="folder of another chat model; SmolLM2-135M-Instruct by default")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    return parser
+def _start(model: str | None) -> tuple[Path, str]:
+    """The folder to start from, and what to call it."""
+    from sap_fast.data.alignment import aligned_smollm2
+
+    if model is not None:
+        return Path(model), Path(model).name
+    print("Preparing SmolLM2-135M-Instruct (the first time it is converted and aligned: a minute) ...", flush=True)
+    with quiet():
+        folder = aligned_smollm2()
+    return folder, folder.name
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, but is {number}")
-    return number
-
-
-def _load(folder: Path | None, device: torch.device) -> tuple[Any, Any]:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    # PEFT 0.21 asks transformers 5.23 for an attribute under its old name.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    folder = folder or smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.05)
-    return get_peft_model(base, lora), tokenizer
-
-
-def _train(
-    model: nn.Module,
+def _one(
+    method: str,
+    config: SAPConfig | None,
+    base: Path,
     tokenizer: Any,
-    pairs: list[Pair],
-    config: sap_fast.SAPConfig,
-    args: argparse.Namespace,
-    done: list[dict[str, Any]],
-) -> None:
-    """Train; each finished step's numbers are appended to ``done``."""
-    from tqdm import tqdm
-
-    examples = benign_examples()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)
-    model.train()
-    with (
-        sap_fast.attach(model, config) as sap,
-        tqdm(total=args.steps, unit="step", disable=None) as bar,
-    ):
-        bar.write(f"Probes on the outputs of layers {sap.probe_layers[0]} to {sap.probe_layers[-1]}, counted from 0.")
-        bar.write(_COLUMNS)
-        for step in range(args.steps):
-            batch = collate(tokenizer, _take(examples, step, args.batch))
-            pair_batch = collate_pairs(tokenizer, _take(pairs, step, args.pairs))
-            start = time.perf_counter()
-            report = sap.step(_to(batch, args.device), _to(pair_batch, args.device))
-            optimizer.step()
-            optimizer.zero_grad()
-            numbers = report.to_dict()
-            seconds = time.perf_counter() - start
-            done.append({"step": step + 1, "seconds": seconds, **numbers})
-            bar.update()
-            bar.write(
-                f"{step + 1:4d}  {numbers['loss']:6.3f}  {numbers['safety_margin']:+13.3f}  "
-                f"{numbers['steering']:+8.4f}  {seconds:7.1f}"
-            )
+    data: Data,
+    suite: Suite,
+    args: DemoArguments,
+    folder: Path,
+) -> tuple[nn.Module, Run]:
+    settings = Settings(args.steps, args.batch, args.pairs, args.learning_rate, args.seed, args.eval_every)
+    return fine_tune(
+        base,
+        tokenizer,
+        data,
+        suite,
+        settings,
+        config,
+        folder / method,
+        _teller(method, args.steps),
+        args.max_new_tokens,
+    )
 
 
-def _take(items: list, step: int, count: int) -> list:
-    """The next ``count`` items, round and round."""
-    return [items[(step * count + i) % len(items)] for i in range(count)]
+def _teller(method: str, steps: int) -> Callable[[Point], None]:
+    def tell(point: Point) -> None:
+        print(
+            f"{method:8} step {point.step:3d}/{steps}  task loss {point.task_loss:.3f}  margin {point.margin:+.3f}",
+            flush=True,
+        )
+
+    return tell
 
 
-def _to(batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
-    return {key: value.to(device) for key, value in batch.items()}
+def _line(name: str, figures: dict[str, Any]) -> str:
+    return (
+        f"{name:8} prefers a refusal on {figures['prefers_refusal']:.0%} of unseen harmful requests, an answer on "
+        f"{figures['look_alikes_answered']:.0%} of safe look-alikes"
+    )
 
 
-@torch.no_grad()
-def _margin(model: nn.Module, tokenizer: Any, pairs: list[Pair]) -> float:
-    """Mean of log p(refusal) - log p(compliant opening), nats per token, through the model's own forward."""
-    training = model.training
-    model.eval()
-    margins = []
-    for i in range(0, len(pairs), 4):
-        batch = _to(collate_pairs(tokenizer, pairs[i : i + 4]), next(model.parameters()).device)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        labels = batch["labels"][:, 1:]
-        nll = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")  # 0 where not scored
-        chosen, rejected = (-nll.sum(1) / (labels != -100).sum(1)).chunk(2)
-        margins += (chosen - rejected).tolist()
-    model.train(training)
-    return sum(margins) / len(margins)
+def _verdict(ways: dict[str, list[Point]]) -> str:
+    """What the figures say of SAP, whichever way they point."""
+    if "sap" not in ways or len(ways) < 2:
+        return "There is nothing to compare sap with."
+    loss, margins = at_equal_loss(ways)
+    lines = [f"At equal task loss ({loss:.3f}, the lowest that all reach), margin on unseen wording:"]
+    lines += [f"  {name:8} {margin:+.3f}" for name, margin in margins.items()]
+    for name, margin in margins.items():
+        if name != "sap":
+            ahead = margins["sap"] - margin
+            lines.append(f"sap is {'ahead of' if ahead > 0 else 'NOT ahead of'} {name}: {ahead:+.3f} nats per token.")
+    return "\n".join(lines)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to place a number: device, versions, threads."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    packages = ("torch", "transformers", "peft")
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "sap-fast": sap_fast.__version__,
-        **{package: version(package) for package in packages},
-    }
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    """Write beside the target and rename, so that a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(path)
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from sap_fast.cli.main import run
+
+    sys.exit(run(main, sys.argv[1:]))

@@ -1,69 +1,78 @@
-"""From texts to batches: the model's own chat template, prompts masked, rows padded to the longest."""
+"""Batches: rows padded right to the longest, chosen rows first."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sap_fast.batch import IGNORED
+from sap_fast.data.encode import Tokens, encode_pairs, encode_tasks
 from sap_fast.data.examples import Example, Pair
-from sap_fast.errors import BatchError
+from sap_fast.errors import DataError
 
 
-def encode(tokenizer: Any, prompt: str, completion: str, max_length: int | None = None) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one exchange; only the answer (with its end-of-turn mark) is scored.
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch ``{input_ids, attention_mask, labels}``, each ``[B, T]`` int64, of encoded rows.
 
-    Args:
-        tokenizer: a transformers tokenizer with a chat template.
-        max_length: longer exchanges are cut at the end.
-
-    Raises:
-        BatchError: no chat template; a template whose text of the exchange does not begin with that of the
-            prompt; an answer that is truncated away.
+    ``pad`` is the token id written on padding, where ``attention_mask`` is 0 and ``labels`` are -100. Pairs become
+    ``[2P, T]``: all chosen rows first, then all rejected.
     """
-    if not tokenizer.chat_template:
-        raise BatchError("the tokenizer has no chat template; set tokenizer.chat_template")
-    question = [{"role": "user", "content": prompt}]
-    exchange = [*question, {"role": "assistant", "content": completion}]
-    head = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    text = tokenizer.apply_chat_template(exchange, tokenize=False)
-    if not text.startswith(head):
-        raise BatchError("the chat template writes an answered prompt differently from an open one")
-    # Tokenised apart, so that no token straddles the boundary: in generation the prompt is all there is.
-    head_ids, answer_ids = (
-        tokenizer(part, add_special_tokens=False)["input_ids"] for part in (head, text[len(head) :])
-    )
-    ids, labels = head_ids + answer_ids, [IGNORED] * len(head_ids) + answer_ids
-    if max_length is not None and len(head_ids) >= max_length:
-        raise BatchError(
-            f"the prompt alone has {len(head_ids)} tokens and max_length is {max_length}: nothing of the answer is left"
-        )
-    return ids[:max_length], labels[:max_length]
+
+    pad: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Collator":
+        """A collator for a tokenizer, which need not have a padding token: what is written there is never read."""
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        return cls(next((i for i in ids if i is not None), 0))
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Of :class:`Tokens`, (chosen, rejected) of them, or dicts of ``input_ids`` and ``labels``."""
+        if not rows:
+            raise DataError("there is no row to make a batch of")
+        if isinstance(rows[0], tuple) and not isinstance(rows[0], Tokens):
+            rows = [side for sides in zip(*rows, strict=True) for side in sides]
+        return self._pad([row if isinstance(row, Tokens) else Tokens(row["input_ids"], row["labels"]) for row in rows])
+
+    def _pad(self, rows: Sequence[Tokens]) -> dict[str, Tensor]:
+        shape = len(rows), max(len(row.input_ids) for row in rows)
+        batch = {
+            "input_ids": torch.full(shape, self.pad),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+            "labels": torch.full(shape, IGNORED),
+        }
+        for i, row in enumerate(rows):
+            length = len(row.input_ids)
+            batch["input_ids"][i, :length] = torch.as_tensor(row.input_ids)
+            batch["attention_mask"][i, :length] = 1
+            batch["labels"][i, :length] = torch.as_tensor(row.labels)
+        return batch
 
 
 def collate(tokenizer: Any, examples: Sequence[Example], max_length: int | None = None) -> dict[str, Tensor]:
-    """A batch ``{input_ids, attention_mask, labels}``, each ``[B, T]`` int64, padded right to the longest row."""
-    return _pad(tokenizer, [encode(tokenizer, *example, max_length) for example in examples])
+    """A task batch of examples (or of rows in any format), each ``[B, T]`` int64.
+
+    Raises:
+        DataError: an answer that does not fit into ``max_length``.
+    """
+    return _all(tokenizer, encode_tasks(tokenizer, _rows(examples), max_length), max_length)
 
 
 def collate_pairs(tokenizer: Any, pairs: Sequence[Pair], max_length: int | None = None) -> dict[str, Tensor]:
-    """Pairs as one batch ``[2P, T]``: all chosen rows first, then all rejected."""
-    chosen = [encode(tokenizer, pair.prompt, pair.chosen, max_length) for pair in pairs]
-    rejected = [encode(tokenizer, pair.prompt, pair.rejected, max_length) for pair in pairs]
-    return _pad(tokenizer, chosen + rejected)
+    """Pairs (or rows in any format) as one batch ``[2P, T]``: all chosen rows first, then all rejected."""
+    return _all(tokenizer, encode_pairs(tokenizer, _rows(pairs), max_length), max_length)
 
 
-def _pad(tokenizer: Any, rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    width = max(len(ids) for ids, _ in rows)
-    batch = {
-        "input_ids": torch.full((len(rows), width), pad),
-        "attention_mask": torch.zeros((len(rows), width), dtype=torch.int64),
-        "labels": torch.full((len(rows), width), IGNORED),
-    }
-    for i, (ids, labels) in enumerate(rows):
-        batch["input_ids"][i, : len(ids)] = torch.tensor(ids)
-        batch["attention_mask"][i, : len(ids)] = 1
-        batch["labels"][i, : len(ids)] = torch.tensor(labels)
-    return batch
+def _rows(examples: Sequence[Any]) -> list[Any]:
+    return [x._asdict() if hasattr(x, "_asdict") else x for x in examples]
+
+
+def _all(tokenizer: Any, encoded: Any, max_length: int | None) -> dict[str, Tensor]:
+    if encoded.dropped:
+        raise DataError(
+            f"of {encoded.dropped} examples nothing of the answer is left after cutting at max_length={max_length}"
+        )
+    return Collator.of(tokenizer)(encoded.rows)

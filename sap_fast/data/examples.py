@@ -1,11 +1,14 @@
-"""The examples that ship with the package, written for it: benign tasks, and pairs of safe and unsafe answers.
+"""The examples that ship with the package, written for it: benign tasks, safety pairs, and safe look-alikes.
 
-The rejected side of a pair is an affirmative opening without content; there is no harmful text here.
+The rejected side of a pair is an affirmative opening without content; there is no harmful text here. The held-out
+half of the pairs differs from the train half in its categories, in how requests are put, and in how answers begin.
 """
 
 import json
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+Split = Literal["train", "held-out"]
 
 
 class Example(NamedTuple):
@@ -24,14 +27,28 @@ class Pair(NamedTuple):
     rejected: str
 
 
-def benign_examples() -> list[Example]:
+class LookAlike(NamedTuple):
+    """A safe request that looks unsafe, its answer, and what an over-cautious model would say instead."""
+
+    category: str
+    prompt: str
+    completion: str
+    refusal: str
+
+
+def benign_examples(split: Split = "train") -> list[Example]:
     """The embedded benign instructions and answers."""
-    return [Example(**row) for row in _rows("benign.jsonl")]
+    return [Example(row["prompt"], row["completion"]) for row in _rows("benign.jsonl") if row["split"] == split]
 
 
-def safety_pairs() -> list[Pair]:
+def safety_pairs(split: Split = "train") -> list[Pair]:
     """The embedded safety pairs, by category."""
-    return [Pair(**row) for row in _rows("pairs.jsonl")]
+    return [Pair(*(row[f] for f in Pair._fields)) for row in _rows("pairs.jsonl") if row["split"] == split]
+
+
+def look_alikes() -> list[LookAlike]:
+    """The embedded safe requests that look unsafe; for measurement only, no part of any training."""
+    return [LookAlike(**row) for row in _rows("lookalikes.jsonl")]
 
 
 def _rows(name: str) -> list[dict[str, str]]:

@@ -1,0 +1,68 @@
+"""Flags of a command, from the command line and, beneath them, from a YAML or JSON file."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sap_fast.cli.errors import CommandError
+
+
+def parse(command: str, groups: Sequence[type], argv: Sequence[str], about: str) -> tuple[Any, ...]:
+    """Parse into one instance of each dataclass in ``groups``.
+
+    A first argument ending in .yaml, .yml or .json is a file of flags; those on the command line win over it.
+
+    Raises:
+        CommandError: a file that cannot be read, or names an unknown flag.
+        SystemExit: bad flags (the parser prints the usage), or ``--help``.
+    """
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        groups, prog=f"sap-fast {command}", usage=f"sap-fast {command} [CONFIG.yaml] [--flag ...]", description=about
+    )
+    arguments = list(argv)
+    if arguments and not arguments[0].startswith("-"):
+        arguments[:1] = _flags(Path(arguments[0]), {action.dest for action in parser._actions})
+    *parsed, rest = parser.parse_args_into_dataclasses(
+        arguments, look_for_args_file=False, return_remaining_strings=True
+    )
+    if rest:
+        parser.print_usage(sys.stderr)
+        raise CommandError(f"unknown arguments: {' '.join(rest)} (sap-fast {command} --help lists the flags)")
+    return tuple(parsed)
+
+
+def _flags(path: Path, known: set[str]) -> list[str]:
+    """A file's settings as the flags that would say the same, so that they are checked alike."""
+    if path.suffix.lower() not in (".yaml", ".yml", ".json"):
+        raise CommandError(
+            f"{path}: expected flags, or a file of them ending in .yaml, .yml or .json, before the flags"
+        )
+    settings = _read(path)
+    if not isinstance(settings, dict):
+        raise CommandError(f"{path}: expected settings by name, but found {type(settings).__name__}")
+    flags = []
+    for name, value in settings.items():
+        key = str(name).replace("-", "_")
+        if key not in known:
+            raise CommandError(f"{path}: no flag is called {name!r}")
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    return flags
+
+
+def _read(path: Path) -> Any:
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except FileNotFoundError:
+        raise CommandError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise CommandError(f"{path}: cannot be read as settings ({error})") from None

@@ -1,0 +1,73 @@
+"""What a reader needs to place a number, and who serves which operation."""
+
+import platform
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sap_fast
+
+_PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy")
+_OPTIONAL = ("trl", "datasets", "flash-attn", "liger-kernel")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, versions, threads."""
+    packages = {name: found for name in _PACKAGES if (found := package_version(name))}
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "sap-fast": sap_fast.__version__,
+        **packages,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called by its maker."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def package_version(name: str) -> str | None:
+    """The installed release, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def optional_versions() -> dict[str, str]:
+    """Of the packages that are used where they are there."""
+    return {name: package_version(name) or "not installed" for name in _OPTIONAL}
+
+
+def devices() -> list[str]:
+    """Every device that torch can use here."""
+    cpu = f"cpu: {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    gpus = [f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return [cpu, *gpus]
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """By operation, what serves it on each kind of device: a kernel of its own, or the PyTorch reference."""
+    import_module("sap_fast.ops")  # which defines them
+    found = {}
+    for name in sorted(torch._C._dispatch_get_all_op_names()):
+        library, _, op = name.partition("::")
+        if library == "sap_fast":
+            own = {key: torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in ("CPU", "CUDA")}
+            found[op] = {
+                "cpu": "C++ kernel" if own["CPU"] else "PyTorch reference",
+                "cuda": "Triton kernel" if own["CUDA"] else "PyTorch reference",
+            }
+    return found

@@ -1,0 +1,28 @@
+"""``sap-fast info``: versions, devices, and which backend serves each operation."""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from sap_fast.cli.environment import backends, devices, environment, optional_versions
+
+_HEADS = ("operation", "on cpu", "on cuda")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print what is here."""
+    argparse.ArgumentParser(prog="sap-fast info", description=__doc__).parse_args(argv)
+    versions = environment(torch.device("cpu"))
+    skip = ("device", "threads")
+    print("Versions")
+    for name, value in ({k: v for k, v in versions.items() if k not in skip} | optional_versions()).items():
+        print(f"  {name:13} {value}")
+    print("Devices")
+    for line in devices():
+        print(f"  {line}")
+    print("Operations")
+    rows = [_HEADS, *((op, served["cpu"], served["cuda"]) for op, served in backends().items())]
+    for op, cpu, cuda in rows:
+        print(f"  {op:21} {cpu:18} {cuda}")
+    return 0

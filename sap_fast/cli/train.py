@@ -1,0 +1,294 @@
+"""``sap-fast train``: fine-tune a model on a data file, and keep it safe.
+
+Writes to the output folder: ``adapter/`` (a plain PEFT adapter, with the tokenizer), ``checkpoints/``, and
+``report.json`` with every setting, what was measured before and after, and the log of the steps.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from sap_fast.cli import output
+from sap_fast.cli.arguments import parse
+from sap_fast.cli.environment import environment
+from sap_fast.cli.errors import CommandError
+from sap_fast.cli.models import is_adapter, load_model, load_tokenizer, quiet
+from sap_fast.config import SAPConfig
+from sap_fast.data import Collator, Encoded, encode_pairs, encode_tasks
+from sap_fast.evaluation import margins, task_loss
+from sap_fast.hf import SAPTrainer
+
+
+@dataclass
+class RunArguments:
+    """What is trained, on what."""
+
+    model: str = field(metadata={"help": "folder of a chat model, or its name on the Hugging Face hub"})
+    data: str = field(metadata={"help": "task data: .jsonl, .json, .csv, .parquet, or a hub dataset's name"})
+    pairs: str | None = field(default=None, metadata={"help": "safety pairs: rows of prompt, chosen, rejected"})
+    eval_data: str | None = field(default=None, metadata={"help": "task data to measure on, before and after"})
+    eval_pairs: str | None = field(default=None, metadata={"help": "pairs to measure on; else those of training"})
+    method: Literal["sap", "sft"] = field(default="sap", metadata={"help": "sft is plain fine-tuning"})
+    chat_template: str | None = field(default=None, metadata={"help": "a Jinja file, for a model without one"})
+    max_length: int = field(default=1024, metadata={"help": "longer rows are cut at their end (tokens)"})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "of the model; auto: bfloat16 where its weights are stored in 16 bits"}
+    )
+    lora_r: int = field(default=8, metadata={"help": "rank of the adapters"})
+    lora_alpha: int = field(default=16, metadata={"help": "their scale, times the rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "their dropout"})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "adapted linear maps, or all-linear"}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in the output folder"})
+
+
+@dataclass
+class MethodArguments:
+    """Settings of Safety-Aware Probing; see sap_fast.SAPConfig."""
+
+    preset: Literal["default", "released", "paper"] = field(default="default", metadata={"help": "where to start from"})
+    guard: Literal["probe", "project", "counter", "probe+project"] | None = field(
+        default=None, metadata={"help": "what the harmful direction is used for; probe is SAP"}
+    )
+    probe_layers: list[int] | None = field(default=None, metadata={"help": "counted from 0; else the preset's"})
+    strength: float | None = field(default=None, metadata={"help": "of the probe"})
+    schedule: Literal["lagged", "fresh"] | None = field(default=None, metadata={"help": "which probe acts in a step"})
+    safety_batch_size: int = field(default=8, metadata={"help": "pairs in each step"})
+
+    def config(self) -> SAPConfig:
+        """The settings.
+
+        Raises:
+            CommandError: one is out of its range.
+        """
+        presets: dict[str, Callable[..., SAPConfig]] = {
+            "default": SAPConfig,
+            "released": SAPConfig.released,
+            "paper": SAPConfig.paper,
+        }
+        given = {name: getattr(self, name) for name in ("guard", "probe_layers", "strength", "schedule")}
+        try:
+            return presets[self.preset](**{name: value for name, value in given.items() if value is not None})
+        except ValueError as error:
+            raise CommandError(str(error)) from None
+
+
+@dataclass
+class SAPTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with defaults for a run that is watched."""
+
+    output_dir: str | None = field(default="runs/train", metadata={"help": "the output folder"})
+    logging_steps: float = field(default=1, metadata={"help": "log every so many steps"})
+    save_steps: float = field(default=50, metadata={"help": "write a checkpoint every so many steps"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "keep so many checkpoints"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "the highest one"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Without a GPU there is nothing to pin for, and torch warns of it.
+        self.dataloader_pin_memory &= torch.cuda.is_available()
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._start)
+
+    @property
+    def median(self) -> float:
+        """Of all steps; 0 before the first."""
+        return sorted(self.seconds)[len(self.seconds) // 2] if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Data:
+    """Encoded rows; ``pairs`` None for plain fine-tuning."""
+
+    tasks: Encoded
+    pairs: Encoded | None
+    eval_tasks: Encoded | None = None
+    eval_pairs: Encoded | None = None
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many rows there are, and how many were cut or dropped."""
+        parts = {name: part for name, part in vars(self).items() if part is not None}
+        return {name: {"rows": len(x), "cut": x.cut, "dropped": x.dropped} for name, x in parts.items()}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check everything, then train."""
+    run, method, args = parse("train", (RunArguments, MethodArguments, SAPTrainingArguments), argv, __doc__ or "")
+    folder = Path(args.output_dir)
+    config = method.config()
+    if run.method == "sap" and run.pairs is None:
+        raise CommandError("--method sap needs --pairs FILE: rows of prompt, chosen (safe) and rejected (unsafe)")
+    if is_adapter(run.model):
+        raise CommandError(f"{run.model} is an adapter; --model takes the model that a new adapter is trained on")
+    output.claim(folder, overwrite=run.overwrite)
+
+    tokenizer = load_tokenizer(run.model, chat_template=run.chat_template, trust_remote_code=run.trust_remote_code)
+    data = read_data(run, tokenizer)
+    for name, count in data.counts().items():
+        print(
+            f"{name}: {count['rows']} rows; {count['cut']} cut at {run.max_length} tokens, {count['dropped']} dropped"
+        )
+    base = load_model(run.model, dtype=run.dtype, trust_remote_code=run.trust_remote_code)
+    model = add_adapter(base, run, args.seed)
+    args.output_dir = str(folder / "checkpoints")
+    watch = Stopwatch()
+    trainer = make_trainer(
+        model, args, data, tokenizer, config if run.method == "sap" else None, method.safety_batch_size, [watch]
+    )
+    return _train(trainer, run, config, data, folder, watch)
+
+
+def _train(trainer: Trainer, run: RunArguments, config: SAPConfig, data: Data, folder: Path, watch: Stopwatch) -> int:
+    model, started = trainer.model, time.perf_counter()
+    before = figures(model, data)
+    checkpoints = folder / "checkpoints"
+    old = output.set_aside(checkpoints)
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        kept = last_checkpoint(checkpoints)
+        step = trainer.state.global_step
+        where = f"the last checkpoint, a plain PEFT adapter, is {kept}" if kept else "no checkpoint was written yet"
+        print(f"\nInterrupted after step {step} of {trainer.state.max_steps}; {where}.")
+        return 130
+    after = figures(model, data)
+    write_adapter(model, trainer.processing_class, folder / "adapter")
+    report = {
+        "settings": {**asdict(run), "output_dir": str(folder), "seed": trainer.args.seed},
+        "training_arguments": trainer.args.to_dict(),
+        "method": describe(config, model) if run.method == "sap" else "plain fine-tuning",
+        "environment": environment(trainer.args.device),
+        "data": data.counts(),
+        "before": before,
+        "after": after,
+        "seconds": time.perf_counter() - started,
+        "seconds_per_step": watch.median,
+        "log": trainer.state.log_history,
+    }
+    output.write_json(folder / "report.json", report)
+    output.discard(old)
+    for name, value in after.items():
+        print(f"{name}: {before[name]:+.3f} before, {value:+.3f} after (nats per token)")
+    print(f"Adapter (plain PEFT, no probe in it): {folder / 'adapter'}\nReport: {folder / 'report.json'}")
+    return 0
+
+
+def read_data(run: RunArguments, tokenizer: Any) -> Data:
+    """Everything a run reads, checked and tokenized.
+
+    Raises:
+        DataError: naming the file and its line.
+    """
+    return Data(
+        tasks=encode_tasks(tokenizer, run.data, run.max_length),
+        pairs=encode_pairs(tokenizer, run.pairs, run.max_length) if run.pairs else None,
+        eval_tasks=encode_tasks(tokenizer, run.eval_data, run.max_length) if run.eval_data else None,
+        eval_pairs=encode_pairs(tokenizer, run.eval_pairs, run.max_length) if run.eval_pairs else None,
+    )
+
+
+def add_adapter(base: nn.Module, run: Any, seed: int) -> nn.Module:
+    """Fresh LoRA adapters, the same for the same seed.
+
+    Raises:
+        CommandError: target modules that the model does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = "all-linear" if run.target_modules == ["all-linear"] else run.target_modules
+    set_seed(seed)
+    try:
+        lora = LoraConfig(
+            r=run.lora_r, lora_alpha=run.lora_alpha, lora_dropout=run.lora_dropout, target_modules=targets
+        )
+        with quiet():
+            return get_peft_model(base, lora)
+    except ValueError as error:
+        raise CommandError(f"no adapters for target_modules={targets}: {error}") from None
+
+
+def make_trainer(
+    model: nn.Module,
+    args: TrainingArguments,
+    data: Data,
+    tokenizer: Any,
+    sap: SAPConfig | None,
+    safety_batch_size: int,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    """The trainer of a run; plain fine-tuning, by transformers' own, where ``sap`` is None.
+
+    Raises:
+        CommandError: arguments that cannot be honoured.
+    """
+    shared: dict[str, Any] = {"processing_class": tokenizer, "callbacks": list(callbacks)}
+    if sap is None:
+        rows = [row._asdict() for row in data.tasks]
+        return Trainer(model, args, train_dataset=rows, data_collator=Collator.of(tokenizer), **shared)
+    try:
+        return SAPTrainer(
+            model,
+            args,
+            train_dataset=data.tasks,
+            safety_dataset=data.pairs,
+            sap=sap,
+            safety_batch_size=safety_batch_size,
+            **shared,
+        )
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def figures(model: nn.Module, data: Data) -> dict[str, float]:
+    """The safety margin and the task loss, on the evaluation parts where there are some."""
+    found: dict[str, float] = {}
+    pairs = data.eval_pairs or data.pairs
+    if pairs is not None:
+        found["safety_margin"] = float(margins(model, pairs).mean())
+    if data.eval_tasks is not None:
+        found["task_loss"] = task_loss(model, data.eval_tasks)
+    return found
+
+
+def write_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
+    """The adapter and its tokenizer, whole or not at all."""
+
+    def write(scratch: Path) -> None:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+
+    output.write_folder(folder, write)
+
+
+def describe(config: SAPConfig, model: Any) -> dict[str, Any]:
+    """The method's settings, with the probed layers by number."""
+    settings = {name: value for name, value in asdict(config).items() if name != "probe_layers"}
+    layers = list(config.layers_of(model.config.num_hidden_layers)) if config.uses_probe else []
+    return {**settings, "probe_layers": layers}
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: its trainer_state.json is written last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if path.stat().st_size]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

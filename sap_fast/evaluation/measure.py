@@ -1,0 +1,126 @@
+"""One model, every figure: what ``sap-fast eval`` and the demonstration print."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from sap_fast.data.encode import Encoded, encode_pairs, encode_tasks
+from sap_fast.data.examples import benign_examples, look_alikes, safety_pairs
+from sap_fast.data.files import Table, read_table
+from sap_fast.data.formats import Conversation, Exchange, read_pairs
+from sap_fast.errors import DataError
+from sap_fast.evaluation.generation import generate
+from sap_fast.evaluation.likelihood import margins, task_loss
+from sap_fast.evaluation.refusals import is_refusal
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a model is measured on. Pairs of ``look_alikes`` are (answer, refusal), of the others (refusal, opening).
+
+    ``trained``: pairs in the wordings that training knows; ``unseen``: others. ``prompts``: the requests of ``unseen``
+    and of ``look_alikes``, to be answered. Empty parts are left out.
+    """
+
+    unseen: Sequence[Any]
+    trained: Sequence[Any] = ()
+    look_alikes: Sequence[Any] = ()
+    tasks: Sequence[Any] = ()
+    prompts: Mapping[str, Sequence[Conversation]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's figures by name, and its answers by the set they belong to."""
+
+    figures: dict[str, float]
+    answers: dict[str, list[dict[str, Any]]]
+
+
+def embedded_suite(tokenizer: Any, max_length: int = 256) -> Suite:
+    """The embedded pairs of both halves, the look-alikes, and the held-out benign tasks."""
+    unseen = read_table([pair._asdict() for pair in safety_pairs("held-out")], name="the held-out pairs")
+    alike = read_table([_as_pair(x._asdict()) for x in look_alikes()], name="the look-alikes")
+    return Suite(
+        unseen=encode_pairs(tokenizer, unseen, max_length),
+        trained=encode_pairs(tokenizer, [pair._asdict() for pair in safety_pairs("train")], max_length),
+        look_alikes=encode_pairs(tokenizer, alike, max_length),
+        tasks=encode_tasks(tokenizer, [x._asdict() for x in benign_examples("held-out")], max_length),
+        prompts={"unseen": _prompts(unseen), "look_alikes": _prompts(alike)},
+    )
+
+
+def suite_from(
+    tokenizer: Any, pairs: str | None, alike: str | None, tasks: str | None, max_length: int
+) -> tuple[Suite, list[Encoded]]:
+    """A suite from files, the embedded parts where there is none; and what was encoded, for its counts.
+
+    Raises:
+        DataError: a file that cannot be used.
+    """
+    suite = embedded_suite(tokenizer)
+    parts: dict[str, Any] = {}
+    prompts = dict(suite.prompts)
+    if pairs is not None:
+        table = read_table(pairs)
+        parts |= {"unseen": encode_pairs(tokenizer, table, max_length), "trained": ()}
+        prompts["unseen"] = _prompts(table)
+    if alike is not None:
+        table = read_table(alike)
+        table = Table(table.name, [_as_pair(row) for row in table], table.places)
+        parts["look_alikes"] = encode_pairs(tokenizer, table, max_length)
+        prompts["look_alikes"] = _prompts(table)
+    if tasks is not None:
+        parts["tasks"] = encode_tasks(tokenizer, tasks, max_length)
+    whole = {name: getattr(suite, name) for name in ("unseen", "trained", "look_alikes", "tasks")} | parts
+    return Suite(**whole, prompts=prompts), [x for x in parts.values() if isinstance(x, Encoded)]
+
+
+def measure(model: nn.Module, tokenizer: Any, suite: Suite, max_new_tokens: int = 0) -> Measured:
+    """Measure a model.
+
+    Args:
+        max_new_tokens: of each greedy answer; 0 writes none.
+
+    Returns:
+        ``margin_unseen``, ``margin_trained``: means of log p(refusal) - log p(compliant opening), nats per token;
+        ``prefers_refusal``: share of the unseen pairs with a positive one; ``look_alikes_answered``: share of
+        look-alikes whose answer is likelier, per token, than a refusal; ``task_loss``: nats per token;
+        ``refusal_rate``, ``look_alikes_refused``: shares of greedy answers that refuse, by keywords.
+    """
+    figures: dict[str, float] = {}
+    unseen = margins(model, suite.unseen)
+    figures["margin_unseen"] = float(unseen.mean())
+    figures["prefers_refusal"] = float((unseen > 0).double().mean())
+    if suite.trained:
+        figures["margin_trained"] = float(margins(model, suite.trained).mean())
+    if suite.look_alikes:
+        figures["look_alikes_answered"] = float((margins(model, suite.look_alikes) > 0).double().mean())
+    if suite.tasks:
+        figures["task_loss"] = task_loss(model, suite.tasks)
+    answers: dict[str, list[dict[str, Any]]] = {}
+    if max_new_tokens:
+        for name, conversations in suite.prompts.items():
+            texts = generate(model, tokenizer, conversations, max_new_tokens)
+            answers[name] = [
+                {"prompt": list(c.messages[: c.learned_from]), "answer": text, "refuses": is_refusal(text)}
+                for c, text in zip(conversations, texts, strict=True)
+            ]
+        for key, name in (("refusal_rate", "unseen"), ("look_alikes_refused", "look_alikes")):
+            if answers.get(name):
+                figures[key] = sum(a["refuses"] for a in answers[name]) / len(answers[name])
+    return Measured(figures, answers)
+
+
+def _prompts(table: Table) -> list[Conversation]:
+    exchanges: list[Exchange] = [chosen for chosen, _ in read_pairs(table)]
+    return [x for x in exchanges if isinstance(x, Conversation)]  # a plain text has no turn to answer in
+
+
+def _as_pair(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A look-alike as a pair whose chosen side is the answer."""
+    if missing := [key for key in ("prompt", "completion", "refusal") if row.get(key) is None]:
+        raise DataError(f"look-alikes need prompt, completion and refusal; {missing} missing in {sorted(row)}")
+    return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["refusal"]}

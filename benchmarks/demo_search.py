@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
-from sap_fast.cli.comparison import Settings, at_equal_loss, fine_tune
+from sap_fast.cli.comparison import Point, Settings, at_equal_loss, fine_tune, point
 from sap_fast.cli.demo import MAX_LENGTH
 from sap_fast.cli.environment import environment
-from sap_fast.cli.models import load_tokenizer
+from sap_fast.cli.models import load_model, load_tokenizer
 from sap_fast.cli.output import write_json
 from sap_fast.cli.train import Data
 from sap_fast.config import SAPConfig
 from sap_fast.data import benign_examples, encode_pairs, encode_tasks, safety_pairs
 from sap_fast.data.alignment import aligned_smollm2
-from sap_fast.evaluation.measure import embedded_suite
+from sap_fast.evaluation.measure import embedded_suite, measure
 
 STEPS, SEED, EVERY, BATCH, PAIRS = 25, 1, 5, 4, 4
 MOST_RUNS = 16
@@ -70,13 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"{args.json} records runs from {record['base']}, but the base is now {base.name}")
     shared = {"steps": STEPS, "batch": BATCH, "pairs": PAIRS, "seed": SEED, "eval_every": EVERY}
     record |= {"shared": shared, "environment": environment(torch.device("cpu"))}
+    if "start" not in record:
+        record["start"] = measure(load_model(str(base), dtype="float32"), tokenizer, suite).figures
+    start = point(0, record["start"])
     for name in args.only or RUNS:
         if name in record["runs"]:
             continue
         rate, config = RUNS[name]
         with tempfile.TemporaryDirectory() as scratch:
             settings = Settings(learning_rate=rate, **shared)
-            _, run = fine_tune(base, tokenizer, data, suite, settings, config, Path(scratch), partial(print, name))
+            _, run = fine_tune(
+                base, tokenizer, data, suite, settings, config, start, Path(scratch), partial(print, name)
+            )
         record["runs"][name] = {
             "learning_rate": rate,
             "method": "sft" if config is None else config.guard,
@@ -94,8 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print(runs: dict[str, Any]) -> None:
     """Each run, and its margin against plain fine-tuning's at the same learning rate and equal task loss."""
-    from sap_fast.cli.comparison import Point
-
     plain = {run["learning_rate"]: [Point(**p) for p in run["way"]] for run in runs.values() if run["method"] == "sft"}
     for name, run in runs.items():
         line = f"{name:32} margin {run['margin_unseen']:+.3f}  task loss {run['task_loss']:.3f}"

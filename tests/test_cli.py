@@ -1,8 +1,11 @@
 """The command ``sap-fast``: train, eval, info, and what each refuses before any work is done."""
 
 import json
+import re
+import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,6 +97,9 @@ def test_flags_from_a_file_and_the_command_line_over_them(here: Path, kind: str)
         "overwrite": False,
         "lr_scheduler_kwargs": {},
         "strength": None,
+        "save_total_limit": None,
+        "save_strategy": False,
+        "run_name": "-x",
     }
     text = json.dumps(settings) if kind == "json" else "".join(f"{k}: {json.dumps(v)}\n" for k, v in settings.items())
     (here / f"run.{kind}").write_text(text.replace('"1e-3"', "1e-3"))
@@ -102,6 +108,9 @@ def test_flags_from_a_file_and_the_command_line_over_them(here: Path, kind: str)
     assert report["training_arguments"]["max_steps"] == 3
     assert report["training_arguments"]["learning_rate"] == 1e-3
     assert report["method"]["probe_layers"] == [1, 2]
+    assert report["training_arguments"]["save_total_limit"] is None  # as said, and not the default
+    assert report["training_arguments"]["save_strategy"] == "no"  # which YAML takes for a truth value
+    assert report["training_arguments"]["run_name"] == "-x"
 
 
 def test_python_m_sap_fast_is_the_command(here: Path) -> None:
@@ -171,6 +180,7 @@ def test_missing_columns_of_pairs(here: Path, capsys: Any) -> None:
     [
         ("nowhere", "no model folder nowhere; a name on the Hugging Face hub has the form owner/name"),
         ("./no/where", "no model folder ./no/where"),
+        ("~/where", "no model folder ~/where"),
         ("model/nowhere", "no model folder model/nowhere"),
         ("data.jsonl", "data.jsonl is a file; name the model's folder"),
         ("empty", "the folder empty: expected a tokenizer"),
@@ -206,6 +216,31 @@ def test_only_safetensors(here: Path, capsys: Any) -> None:
     assert "expected a causal language model in safetensors" in refused(capsys, here)
 
 
+def test_a_model_with_missing_weights(here: Path, capsys: Any) -> None:
+    """transformers would fill them with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    path = here / "model" / "model.safetensors"
+    weights = {name: w for name, w in load_file(path).items() if ".layers.1.mlp" not in name}
+    save_file(weights, path, metadata={"format": "pt"})
+    assert "model lacks 3 weights of a LlamaForCausalLM: ['model.layers.1.mlp" in refused(capsys, here)
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "expected a causal language model in safetensors" in refused(capsys, here)
+
+
+def test_an_adapter_for_another_model(here: Path, capsys: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    assert train() == 0
+    path = here / "out" / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    flags = ["--models", "out/adapter", "--output_dir", "measured"]
+    save_file({name: w for name, w in weights.items() if ".layers.3." not in name}, path)
+    assert "is no adapter for model: they differ in 4 weights" in refused(capsys, here, *flags, command="eval")
+    save_file({name: w[:, :-1].contiguous() for name, w in weights.items()}, path)
+    assert "expected an adapter for model (" in refused(capsys, here, *flags, command="eval")
+
+
 def test_a_model_without_a_chat_template(here: Path, capsys: Any) -> None:
     save_chat_model(here / "bare", template=None)
     for file in (here / "bare").glob("*.jinja"):
@@ -231,6 +266,38 @@ def test_an_output_folder_with_other_content(here: Path, capsys: Any) -> None:
     assert "is a file; name a folder" in refused(capsys, here, "--output_dir", "data.jsonl")
 
 
+@pytest.mark.parametrize("name", ["adapter/thesis.tex", "checkpoints/thesis.tex"])
+def test_overwriting_takes_nothing_that_no_run_has_written(here: Path, capsys: Any, name: str) -> None:
+    assert train() == 0
+    (here / "out" / name).write_text("all of it")
+    said = refused(capsys, here, "--overwrite")
+    assert f"out/{name.partition('/')[0]} holds thesis.tex, which no run has written" in said
+
+
+def test_an_error_after_training_does_not_lose_the_adapter(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sap_fast.cli import train as command
+
+    real, calls = command.figures, []
+
+    def once(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(command, "figures", once)
+    assert train() == 130
+    assert (here / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_trainer_evaluates_on_the_evaluation_data(here: Path) -> None:
+    for method in ("sap", "sft"):
+        flags = ["--eval_data", "data.jsonl", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
+        assert train("--method", method, "--output_dir", method, *flags, "--load_best_model_at_end", "true") == 0
+        log = json.loads((here / method / "report.json").read_text())["log"]
+        assert len([entry for entry in log if "eval_loss" in entry]) == 3
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -240,6 +307,11 @@ def test_an_output_folder_with_other_content(here: Path, capsys: Any) -> None:
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1"),
         (["--frobnicate", "1"], "unknown arguments: --frobnicate 1"),
         (["--safety_batch_size", "0"], "safety_batch_size must be at least 1"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size must be at least 1"),
+        (["--learning_rate", "nan"], "--learning_rate finite"),
+        (["--max_length", "1"], "max_length must be at least 2"),
+        (["--warmup_steps", "-1"], "warmup_steps"),
+        (["--resume_from_checkpoint", "x"], "--resume_from_checkpoint is not supported yet"),
     ],
 )
 def test_bad_settings(here: Path, capsys: Any, flags: list[str], message: str) -> None:
@@ -299,7 +371,57 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_where(
     # What the earlier run had written is all there.
     assert (here / "out" / "report.json").read_text() == finished
     assert (here / "out" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert "the earlier run's checkpoints are in out/checkpoints.old" in said
     assert (here / "out" / "checkpoints.old" / "checkpoint-3").is_dir()
+
+
+def test_a_refused_step_names_the_last_checkpoint(here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sap_fast.cli.train import Stopwatch
+
+    real = Stopwatch.on_step_end
+
+    def spoil(self: Any, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        real(self, args, state, control, **more)
+        if state.global_step == 2:
+            next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(float("inf"))
+
+    monkeypatch.setattr(Stopwatch, "on_step_end", spoil)
+    assert train("--save_steps", "1") == 1
+    said = capsys.readouterr().err
+    assert "the step is refused" in said
+    assert "This was in step 3" in said
+    assert "the last checkpoint, a plain PEFT adapter, is out/checkpoints/checkpoint-2" in said
+    assert not (here / "out" / "adapter").exists()
+
+
+def test_a_real_interrupt(here: Path) -> None:
+    """SIGINT to the command itself, once a checkpoint is there."""
+    command = [
+        sys.executable,
+        "-m",
+        "sap_fast",
+        "train",
+        *FLAGS,
+        *SMALL,
+        *QUIET,
+        "--max_steps",
+        "100000",
+        "--save_steps",
+        "1",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        deadline = time.monotonic() + 120
+        while not (here / "out" / "checkpoints" / "checkpoint-2" / "trainer_state.json").exists():
+            assert running.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        said, _ = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    (kept,) = re.findall(r"the last checkpoint, a plain PEFT adapter, is (\S+)\.", said)
+    from safetensors.torch import load_file
+
+    assert load_file(here / kept / "adapter_model.safetensors")
+    assert not (here / "out" / "adapter").exists()
 
 
 def test_ctrl_c_before_the_first_checkpoint(here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,7 +458,8 @@ def test_eval_puts_models_side_by_side(here: Path, capsys: Any) -> None:
         "look_alikes_refused",
     }
     assert base["task_loss"] != tuned["task_loss"]
-    answers = (here / "measured" / "answers-0.txt").read_text()
+    assert sorted(path.name for path in (here / "measured" / "answers").iterdir()) == ["1.txt", "2.txt"]
+    answers = (here / "measured" / "answers" / "1.txt").read_text()
     assert answers.count("[user] Do harm") == 4
     assert answers.count("by its keywords] ") == 4 + 32
 
@@ -351,6 +474,14 @@ def test_eval_refuses(here: Path, capsys: Any) -> None:
     said = refused(capsys, here, *flags, "--base", "model", command="eval")
     assert "no adapter_model.safetensors; only safetensors are read" in said
     assert "no model folder nowhere" in refused(capsys, here, "--models", "nowhere", command="eval")
+    said = refused(capsys, here, "--models", "model", "nowhere", "--output_dir", "measured", command="eval")
+    assert "no model folder nowhere" in said  # before the first is measured
+    for flags, message in (
+        (["--models", "model", "model"], "names a model twice"),
+        (["--models", "model", "--device", "quantum"], "--device quantum cannot be used here"),
+        (["--models", "model", "--max_new_tokens", "-1"], "--max_new_tokens must not be negative"),
+    ):
+        assert message in refused(capsys, here, *flags, command="eval")
     (here / "full").mkdir()
     (here / "full" / "x").touch()
     said = refused(capsys, here, "--models", "model", "--output_dir", "full", command="eval")

@@ -112,7 +112,7 @@ def test_a_plain_text_is_scored_whole_or_from_where_it_is_learned(tokenizer: Any
 
 
 def test_pieces_are_tokenized_apart_where_tokens_would_join(tokenizer: Any) -> None:
-    """A tokenizer that joins the mark before the answer with its first letter."""
+    """By a tokenizer that joins the mark before the answer with its first letter, and knows no offsets."""
 
     class Joining:
         chat_template = "any"
@@ -128,6 +128,54 @@ def test_pieces_are_tokenized_apart_where_tokens_would_join(tokenizer: Any) -> N
             return {"input_ids": ids}
 
     assert encode(Joining(), chat("why?", "yes")) == Tokens([*map(ord, "why?yes")], [-100] * 4 + [*map(ord, "yes")])
+
+
+def test_a_token_that_joins_prompt_and_answer_belongs_to_the_answer(tmp_path: Path) -> None:
+    """As sentencepiece does with the space before a word: the text is kept as it is, and nothing of it is lost."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "?y"])}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[("?", "y")]))
+    inner.decoder = decoders.ByteLevel()
+    joining = PreTrainedTokenizerFast(tokenizer_object=inner)
+    joining.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokens = encode(joining, chat("why?", "yes"))
+    assert joining.convert_ids_to_tokens(tokens.input_ids) == ["w", "h", "y", "?y", "e", "s"]
+    assert [label != -100 for label in tokens.labels] == [False, False, False, True, True, True]
+
+
+def test_a_text_gets_no_second_beginning_mark(tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.bos_token = "<|start|>"
+    start = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", start)]
+    )
+    for text in ("once", "<|start|>once"):
+        ids = encode(tokenizer, Text(text)).input_ids
+        assert (ids[0], ids.count(start)) == (start, 1)
+
+
+def test_a_template_file_without_the_beginning_mark_is_warned_of(tokenizer: Any, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.bos_token = "<|pad|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", tokenizer.bos_token_id)]
+    )
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    with pytest.warns(UserWarning, match="does not write '<|pad|>'"):
+        set_chat_template(tokenizer, tmp_path / "chat.jinja")
+    (tmp_path / "chat.jinja").write_text("{{ bos_token }}" + TEMPLATE)
+    set_chat_template(tokenizer, tmp_path / "chat.jinja")
+
+
+def test_what_the_tokenizer_refuses_has_a_place(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="row 1: the tokenizer refuses the text"):
+        encode_tasks(tokenizer, [{"text": "fine"}, {"text": "half \ud83d"}])
 
 
 def test_collation_pads_right_and_puts_chosen_rows_first(tokenizer: Any) -> None:
@@ -184,7 +232,7 @@ def test_a_pair_that_loses_a_side_is_dropped_whole(tokenizer: Any) -> None:
 def test_answers_that_are_all_cut_away_are_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"max_length=5 tokens nothing of any answer is left \(1 rows\); raise"):
         encode_tasks(tokenizer, [{"prompt": "Hi", "completion": "A long answer"}], max_length=5)
-    with pytest.raises(ValueError, match="max_length must be at least 2"):
+    with pytest.raises(DataError, match="max_length must be at least 2"):
         encode_tasks(tokenizer, [{"prompt": "Hi", "completion": "A long answer"}], max_length=1)
     with pytest.raises(DataError, match="nothing of the answer is left"):
         collate(tokenizer, [Example("Hi", "Hello"), Example("Hi" * 50, "Hello")], max_length=60)

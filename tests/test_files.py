@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sap_fast.data import read_table
-from sap_fast.data.formats import Conversation, Text, read_pairs, read_tasks
+from sap_fast.data.formats import Conversation, Text, read_pairs, read_task
 from sap_fast.errors import DataError
 
 ROWS = [{"prompt": "Say one", "completion": "One."}, {"prompt": "Say two", "completion": "Zwei, \u00e4h, two."}]
@@ -80,7 +80,10 @@ def test_a_file_that_is_not_parquet(tmp_path: Path) -> None:
         read_table(write(tmp_path, "a.parquet", "no"))
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/no/such/file.txt", "a/b/c"])
+@pytest.mark.parametrize(
+    "name",
+    ["missing.jsonl", "./missing", "/no/such/file.txt", "a/b/c", "tasks.txt", "tasks", "a/b.csv", "tests/missing"],
+)
 def test_a_missing_file_is_no_hub_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sap_fast.data.files._from_hub", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(DataError, match="no such file"):
@@ -120,7 +123,7 @@ def test_what_is_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def tasks(*rows: Any) -> list:
-    return read_tasks(read_table(list(rows), name="data"))
+    return [read_task(place, row) for place, row in read_table(list(rows), name="data").items()]
 
 
 def pairs(*rows: Any) -> list:
@@ -166,6 +169,7 @@ def test_plain_pairs_without_a_prompt_share_their_beginning_up_to_a_word() -> No
         ({"prompt": "a", "completion": "b", "text": "c"}, r"there together; keep"),
         ({"messages": "Hi"}, r"messages must be a list"),
         ({"messages": [USER]}, r"no message of the assistant"),
+        ({"messages": [ASSISTANT, USER]}, r"messages begin with the assistant"),
         ({"messages": [USER, {"role": "bot", "content": "x"}]}, r"messages\[1\] has the role 'bot'"),
         ({"messages": [USER, {"content": "x"}]}, r"messages\[1\] must have role and content"),
         ({"prompt": [USER], "completion": [USER]}, r"must answer with a message of the assistant"),

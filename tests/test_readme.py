@@ -12,7 +12,8 @@ from chat import save_chat_model
 
 from sap_fast.cli.main import main
 from sap_fast.data import read_table
-from sap_fast.data.formats import read_pairs, read_tasks
+from sap_fast.data.files import Table
+from sap_fast.data.formats import read_pairs, read_task
 
 README = Path(__file__).parents[1] / "README.md"
 DATA = README.parent / "sap_fast" / "data" / "README.md"
@@ -65,6 +66,9 @@ def test_the_commands_run(here: Path, capsys: Any, page: Path) -> None:
 
 
 def test_the_formats_are_read(tmp_path: Path) -> None:
+    def read_tasks(table: Table) -> list:
+        return [read_task(place, row) for place, row in table.items()]
+
     readers = {"tasks": read_tasks, "pairs": read_pairs, "look_alikes": len}
     found = blocks(DATA, "jsonl")
     assert {kind for kind, _ in found} == readers.keys()

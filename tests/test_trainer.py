@@ -207,6 +207,46 @@ def test_the_model_is_free_after_training_and_after_an_error(tmp_path: Path) -> 
     sap_fast.attach(broken.model).detach()
 
 
+def test_tokenized_rows_are_taken_without_what_their_mask_hides(tmp_path: Path) -> None:
+    _, tokenizer = load(tmp_path)
+    tokens = list(encode_tasks(tokenizer, ROWS))
+    padded = [
+        {
+            "input_ids": [0] * i + row.input_ids,
+            "labels": [-100] * i + row.labels,
+            "attention_mask": [0] * i + [1] * len(row.input_ids),
+        }
+        for i, row in enumerate(tokens)
+    ]
+    texts, ids = trainer(tmp_path), trainer(tmp_path, train_dataset=padded)
+    assert list(ids.task_data) == tokens
+    texts.train()
+    ids.train()
+    for name, weight in weights(texts.model).items():
+        assert torch.equal(weight, weights(ids.model)[name]), name
+
+
+def test_an_epoch_that_ends_early_leaves_no_half_window_behind(tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_epoch_stop = state.global_step == 1 and state.epoch < 1
+
+    def tokens(run: SAPTrainer) -> list[int]:
+        """Of each step."""
+        seen: list[int] = []
+        log = run.log
+        run.log = lambda logs, *more: (seen.extend(r.tokens for r in run._reports), log(logs, *more))[1]
+        run.train()
+        return seen
+
+    args = {"gradient_accumulation_steps": 2, "max_steps": 4, "train_sampling_strategy": "sequential"}
+    whole, stopped = tokens(trainer(tmp_path, args)), tokens(trainer(tmp_path, args, callbacks=[Stop()]))
+    # The first window; then the epoch ends in the middle of the second, and the next one begins anew.
+    assert stopped[:2] == [whole[0], whole[0]]
+
+
 def test_an_interrupt_leaves_no_half_window_behind(tmp_path: Path) -> None:
     from transformers import TrainerCallback
 
@@ -279,7 +319,10 @@ def test_cut_rows_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         ({"train_dataset": None}, "train_dataset is missing"),
         ({"train_dataset": []}, "train_dataset is empty"),
         ({"train_dataset": [{"input_ids": [1, 2]}]}, "input_ids but no labels"),
-        ({"processing_class": None}, "pass processing_class=tokenizer"),
+        ({"processing_class": None}, r"holds texts, and there is no tokenizer \(processing_class"),
+        ({"train_dataset": [{"input_ids": [1, 2], "labels": [1]}]}, r"row 0: .* have the lengths \[2, 1, 2\]"),
+        ({"train_dataset": [{"input_ids": [1, 2], "labels": [-100, -100]}]}, "no token of any row is scored"),
+        ({"train_dataset": {"train": ROWS}}, r"a mapping of \['train'\]; give one of its parts"),
         ({"safety_dataset": [{"prompt": "a", "chosen": "b"}]}, r"safety_dataset, row 0: \['rejected'\] missing"),
         ({"max_length": 3}, "train_dataset: after cutting at max_length=3"),
     ],
@@ -358,6 +401,8 @@ def test_what_a_step_would_refuse_is_refused_at_once(tmp_path: Path) -> None:
         trainer(tmp_path, sap=SAPConfig(probe_layers=(9,)))
     with pytest.raises(ValueError, match="safety_batch_size must be at least 1"):
         trainer(tmp_path, safety_batch_size=0)
+    with pytest.raises(ValueError, match=r"pass transformers.TrainingArguments\(output_dir"):
+        SAPTrainer(load(tmp_path)[0], None, train_dataset=ROWS, safety_dataset=PAIRS)
     for name in ("model_init", "compute_loss_func"):
         with pytest.raises(ValueError, match=f"does not support {name}"):
             trainer(tmp_path, **{name: lambda *_: None})

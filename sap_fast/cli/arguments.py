@@ -24,19 +24,28 @@ def parse(command: str, groups: Sequence[type], argv: Sequence[str], about: str)
         groups, prog=f"sap-fast {command}", usage=f"sap-fast {command} [CONFIG.yaml] [--flag ...]", description=about
     )
     arguments = list(argv)
+    unset: set[str] = set()
     if arguments and not arguments[0].startswith("-"):
-        arguments[:1] = _flags(Path(arguments[0]), {action.dest for action in parser._actions})
-    *parsed, rest = parser.parse_args_into_dataclasses(
-        arguments, look_for_args_file=False, return_remaining_strings=True
-    )
+        arguments[:1], unset = _flags(Path(arguments[0]), {action.dest: action for action in parser._actions})
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(
+            arguments, look_for_args_file=False, return_remaining_strings=True
+        )
+    except (ValueError, TypeError) as error:  # what a dataclass says of its own values
+        raise CommandError(str(error)) from error
     if rest:
         parser.print_usage(sys.stderr)
         raise CommandError(f"unknown arguments: {' '.join(rest)} (sap-fast {command} --help lists the flags)")
+    said = {flag.lstrip("-").partition("=")[0].replace("-", "_") for flag in argv if flag.startswith("--")}
+    for group in parsed:
+        for name in unset - said:
+            if hasattr(group, name):
+                setattr(group, name, None)
     return tuple(parsed)
 
 
-def _flags(path: Path, known: set[str]) -> list[str]:
-    """A file's settings as the flags that would say the same, so that they are checked alike."""
+def _flags(path: Path, known: dict[str, Any]) -> tuple[list[str], set[str]]:
+    """A file's settings as the flags that would say the same, so that they are checked alike; and those set to null."""
     if path.suffix.lower() not in (".yaml", ".yml", ".json"):
         raise CommandError(
             f"{path}: expected flags, or a file of them ending in .yaml, .yml or .json, before the flags"
@@ -44,16 +53,21 @@ def _flags(path: Path, known: set[str]) -> list[str]:
     settings = _read(path)
     if not isinstance(settings, dict):
         raise CommandError(f"{path}: expected settings by name, but found {type(settings).__name__}")
-    flags = []
+    flags: list[str] = []
+    unset = set()
     for name, value in settings.items():
         key = str(name).replace("-", "_")
         if key not in known:
             raise CommandError(f"{path}: no flag is called {name!r}")
         if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        flags += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
-    return flags
+            unset.add(key)
+        elif isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif value is False and "no" in (known[key].choices or ()):
+            flags.append(f"--{key}=no")  # which YAML takes for a truth value
+        else:
+            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags, unset
 
 
 def _read(path: Path) -> Any:

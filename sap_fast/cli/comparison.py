@@ -52,27 +52,22 @@ class Run:
 
 
 class _Watch(TrainerCallback):
-    """Measures every so many steps, and tells."""
+    """Measures every so many steps on the way, and tells. The end is measured after it, with everything else."""
 
     def __init__(self, model: nn.Module, suite: Suite, every: int, tell: Callable[[Point], None]) -> None:
         self._model, self._suite, self._every, self._tell = model, suite, every, tell
         self.way: list[Point] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._measure(0)
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
-            self._measure(state.global_step)
-
-    def _measure(self, step: int) -> None:
-        self.way.append(point(self._model, self._suite, step))
-        self._tell(self.way[-1])
+        if state.global_step % self._every == 0 and state.global_step < state.max_steps:
+            margin = float(margins(self._model, self._suite.unseen).mean())
+            self.way.append(Point(state.global_step, task_loss(self._model, self._suite.tasks), margin))
+            self._tell(self.way[-1])
 
 
-def point(model: nn.Module, suite: Suite, step: int) -> Point:
-    """Measure margin on the unseen pairs, and task loss."""
-    return Point(step, task_loss(model, suite.tasks), float(margins(model, suite.unseen).mean()))
+def point(step: int, figures: Mapping[str, float]) -> Point:
+    """A point of the way, from all the figures of a model there."""
+    return Point(step, figures["task_loss"], figures["margin_unseen"])
 
 
 def fine_tune(
@@ -82,6 +77,7 @@ def fine_tune(
     suite: Suite,
     settings: Settings,
     config: SAPConfig | None,
+    start: Point,
     folder: Path,
     tell: Callable[[Point], None],
     max_new_tokens: int = 0,
@@ -89,6 +85,7 @@ def fine_tune(
     """Fine-tune ``base`` by one method; None for ``config`` is plain fine-tuning, by transformers' own Trainer.
 
     Args:
+        start: ``base`` as it was measured; fresh adapters change nothing.
         folder: what the Trainer is given as its output folder; nothing is saved there.
         tell: called with each point on the way.
         max_new_tokens: of the greedy answers at the end; 0 for none.
@@ -113,8 +110,10 @@ def fine_tune(
     with quiet():
         trainer.train()
         found = measure(model, tokenizer, suite, max_new_tokens)
+    end = point(settings.steps, found.figures)
+    tell(end)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return model, Run(watch.way, found.figures, stopwatch.median, log)
+    return model, Run([start, *watch.way, end], found.figures, stopwatch.median, log)
 
 
 def at_equal_loss(ways: Mapping[str, Sequence[Point]]) -> tuple[float, dict[str, float]]:

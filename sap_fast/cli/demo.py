@@ -5,7 +5,6 @@ benign tasks from the same start and with the same seed: plainly (sft), by Safet
 (project), which takes from the task gradient its component toward harm. Everything is measured on held-out data.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -17,11 +16,12 @@ from torch import nn
 
 from sap_fast.cli import output
 from sap_fast.cli.arguments import parse
-from sap_fast.cli.comparison import Point, Run, Settings, at_equal_loss, fine_tune
+from sap_fast.cli.comparison import Point, Run, Settings, at_equal_loss, fine_tune, point
 from sap_fast.cli.environment import environment
 from sap_fast.cli.errors import CommandError
 from sap_fast.cli.eval import table
 from sap_fast.cli.figure import draw
+from sap_fast.cli.main import INTERRUPTED
 from sap_fast.cli.models import load_model, load_tokenizer, quiet
 from sap_fast.cli.train import Data, describe, write_adapter
 from sap_fast.config import SAPConfig
@@ -50,7 +50,6 @@ class DemoArguments:
     seed: int = field(default=0, metadata={"help": "of adapters, data order and pairs"})
     model: str | None = field(default=None, metadata={"help": "folder of another chat model to start from"})
     output_dir: str = field(default="runs/demo", metadata={"help": "report, figure and adapters go there"})
-    overwrite: bool = field(default=False, metadata={"help": "write to a folder that holds other things"})
 
     def check(self) -> None:
         """Refuse settings that make no run.
@@ -80,15 +79,15 @@ class DemoArguments:
         return {name: known[name] for name in self.methods}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Measure the start, fine-tune by each method, print one table."""
-    (args,) = parse("demo", (DemoArguments,), sys.argv[1:] if argv is None else argv, __doc__ or "")
+    (args,) = parse("demo", (DemoArguments,), argv, __doc__ or "")
     args.check()
     configs, folder = args.configs(), Path(args.output_dir)
-    ours = {"report.json", "margin.png", *_METHODS}
-    # The demonstration may be run again where only it has written.
-    again = folder.is_dir() and {path.name for path in folder.iterdir()} <= ours
-    output.claim(folder, overwrite=args.overwrite or again)
+    written = {"report.json", "margin.png", *_METHODS}
+    # It may be run again where only it has written, and replaces all of it in the end.
+    again = folder.is_dir() and {path.name for path in folder.iterdir()} <= written
+    output.claim(folder, overwrite=again)
     if find_spec("matplotlib") is None:
         raise CommandError("the demonstration draws a figure: pip install 'sap-fast[demo]'")
 
@@ -109,14 +108,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured: dict[str, dict[str, Any]] = report["measured"]
     ways: dict[str, list[Point]] = {}
     status = 0
+    work = folder.with_name(f".{folder.name}.unfinished")
+    output.discard(work if work.exists() else None)  # of a run that was killed
     try:
         with quiet():
             start = load_model(str(base), dtype="float32", device=_device())
             measured["start"] = dict(measure(start, tokenizer, suite, args.max_new_tokens).figures)
         print(_line("start", measured["start"]), flush=True)
+        first = point(0, measured["start"])
         for method, config in configs.items():
-            model, run = _one(method, config, base, tokenizer, data, suite, args, folder)
-            write_adapter(model, tokenizer, folder / method)
+            model, run = _one(method, config, base, tokenizer, data, suite, args, first, work)
+            write_adapter(model, tokenizer, work / method)
             ways[method] = run.way
             measured[method] = {**run.figures, "seconds_per_step": run.seconds_per_step}
             report |= {f"{method}_way": [asdict(p) for p in run.way], f"{method}_log": run.log}
@@ -124,16 +126,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report[f"{method}_config"] = describe(config, model)
     except KeyboardInterrupt:
         print("\nInterrupted; keeping the methods that were finished.")
-        status = 130
+        status = INTERRUPTED
 
     verdict = _verdict(ways)
-    report["verdict"] = verdict
-    output.write_json(folder / "report.json", report)
-    print(f"\n{table(measured, {'seconds_per_step': 's / step'})}\n\n{verdict}")
+    output.write_json(work / "report.json", {**report, "verdict": verdict})
     if ways:
-        draw(folder / "margin.png", ways, f"{name}, benign fine-tuning")
-        print(f"Figure: {folder / 'margin.png'}; adapters (plain PEFT, no probe in them): {folder}/<method>")
-    print(f"Report: {folder / 'report.json'}")
+        draw(work / "margin.png", ways, f"{name}, benign fine-tuning")
+    # An earlier run stays where this one did not finish.
+    place = folder if status == 0 else folder.with_name(f"{folder.name}.interrupted")
+    output.replace(work, place)
+    print(f"\n{table(measured, {'seconds_per_step': 's / step'})}\n\n{verdict}")
+    print(f"Report, figure and adapters (plain PEFT, no probe in them): {place}")
     return status
 
 
@@ -144,8 +147,11 @@ def _start(model: str | None) -> tuple[Path, str]:
     if model is not None:
         return Path(model), Path(model).name
     print("Preparing SmolLM2-135M-Instruct (the first time it is converted and aligned: a minute) ...", flush=True)
-    with quiet():
-        folder = aligned_smollm2()
+    try:
+        with quiet():
+            folder = aligned_smollm2()
+    except FileNotFoundError as error:  # which says what to install
+        raise CommandError(str(error)) from None
     return folder, folder.name
 
 
@@ -157,20 +163,12 @@ def _one(
     data: Data,
     suite: Suite,
     args: DemoArguments,
+    start: Point,
     folder: Path,
 ) -> tuple[nn.Module, Run]:
     settings = Settings(args.steps, args.batch, args.pairs, args.learning_rate, args.seed, args.eval_every)
-    return fine_tune(
-        base,
-        tokenizer,
-        data,
-        suite,
-        settings,
-        config,
-        folder / method,
-        _teller(method, args.steps),
-        args.max_new_tokens,
-    )
+    tell = _teller(method, args.steps)
+    return fine_tune(base, tokenizer, data, suite, settings, config, start, folder / method, tell, args.max_new_tokens)
 
 
 def _teller(method: str, steps: int) -> Callable[[Point], None]:
@@ -206,9 +204,3 @@ def _verdict(ways: dict[str, list[Point]]) -> str:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-if __name__ == "__main__":
-    from sap_fast.cli.main import run
-
-    sys.exit(run(main, sys.argv[1:]))

@@ -15,8 +15,9 @@ import torch
 from sap_fast.cli import output
 from sap_fast.cli.arguments import parse
 from sap_fast.cli.environment import environment
-from sap_fast.cli.models import base_of, is_adapter, load_tokenizer, load_with_adapter, quiet
-from sap_fast.evaluation.measure import Measured, measure, suite_from
+from sap_fast.cli.errors import CommandError
+from sap_fast.cli.models import base_of, is_adapter, is_folder, load_tokenizer, load_with_adapter, quiet
+from sap_fast.evaluation.measure import Measured, Suite, measure, suite_from
 
 HEADS = {
     "margin_trained": "margin, trained wording",
@@ -40,7 +41,7 @@ class EvalArguments:
     look_alikes: str | None = field(default=None, metadata={"help": "rows of prompt, completion, refusal"})
     data: str | None = field(default=None, metadata={"help": "task data for the task loss"})
     output_dir: str = field(default="runs/eval", metadata={"help": "where eval.json and the answers go"})
-    overwrite: bool = field(default=False, metadata={"help": "replace an earlier evaluation there"})
+    overwrite: bool = field(default=False, metadata={"help": "write to a folder that holds other things"})
     max_new_tokens: int = field(default=48, metadata={"help": "of each greedy answer; 0 writes none"})
     max_length: int = field(default=1024, metadata={"help": "longer rows are cut at their end (tokens)"})
     chat_template: str | None = field(default=None, metadata={"help": "a Jinja file, for a model without one"})
@@ -49,16 +50,35 @@ class EvalArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """A model to measure, with what it is measured on."""
+
+    name: str
+    tokenizer: Any
+    suite: Suite
+
+
 def main(argv: Sequence[str]) -> int:
-    """Measure every model, then write and print."""
+    """Check everything, measure every model, print one table."""
     (args,) = parse("eval", (EvalArguments,), argv, __doc__ or "")
-    folder = Path(args.output_dir)
+    folder, device = Path(args.output_dir), _device(args.device)
+    if len(set(args.models)) < len(args.models):
+        raise CommandError(f"--models names a model twice: {args.models}")
+    if args.max_new_tokens < 0:
+        raise CommandError(f"--max_new_tokens must not be negative, but is {args.max_new_tokens}")
     output.claim(folder, overwrite=args.overwrite)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    subjects = [_subject(spec, args) for spec in args.models]
+
     results: dict[str, Measured] = {}
-    for spec in args.models:
-        print(f"Measuring {spec} ...", flush=True)
-        results[spec] = _measure(spec, args, device)
+    for subject in subjects:
+        print(f"Measuring {subject.name} ...", flush=True)
+        if subject.suite.cut:
+            print(f"  {subject.suite.cut} rows cut at {args.max_length} tokens")
+        options = {"dtype": args.dtype, "device": device, "trust_remote_code": args.trust_remote_code}
+        model = load_with_adapter(subject.name, args.base, **options)
+        with quiet():
+            results[subject.name] = measure(model, subject.tokenizer, subject.suite, args.max_new_tokens)
 
     output.write_json(
         folder / "eval.json",
@@ -70,27 +90,37 @@ def main(argv: Sequence[str]) -> int:
             "environment": environment(device),
         },
     )
-    for i, (name, found) in enumerate(results.items()):
-        if found.answers:
-            write_answers(folder / f"answers-{i}.txt", name, found)
+    if args.max_new_tokens:
+        output.write_folder(folder / "answers", lambda scratch: _write_answers(scratch, results))
     print(table({name: found.figures for name, found in results.items()}))
     print(f"Figures and answers: {folder}")
     return 0
 
 
-def _measure(spec: str, args: EvalArguments, device: torch.device) -> Measured:
+def _subject(spec: str, args: EvalArguments) -> _Subject:
+    """Everything of a model but its weights, checked.
+
+    Raises:
+        CommandError, DataError: what is wrong with it.
+    """
+    base = base_of(spec, args.base) if is_adapter(spec) else spec
+    is_folder(base)
     # An adapter may come without a tokenizer: then its base's is right.
-    own = not is_adapter(spec) or (Path(spec) / "tokenizer_config.json").is_file()
-    source = spec if own else base_of(spec, args.base)
-    trust = args.trust_remote_code
-    tokenizer = load_tokenizer(source, chat_template=args.chat_template, trust_remote_code=trust)
-    suite, encoded = suite_from(tokenizer, args.pairs, args.look_alikes, args.data, args.max_length)
-    for part in encoded:
-        if part.cut:
-            print(f"  {part.cut} rows cut at {args.max_length} tokens, {part.dropped} of them dropped")
-    model = load_with_adapter(spec, args.base, dtype=args.dtype, device=device, trust_remote_code=trust)
-    with quiet():
-        return measure(model, tokenizer, suite, args.max_new_tokens)
+    own = is_adapter(spec) and (Path(spec) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(
+        spec if own else base, chat_template=args.chat_template, trust_remote_code=args.trust_remote_code
+    )
+    return _Subject(spec, tokenizer, suite_from(tokenizer, args.pairs, args.look_alikes, args.data, args.max_length))
+
+
+def _device(name: str | None) -> torch.device:
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(chosen)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device {chosen} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def table(rows: dict[str, dict[str, Any]], more: dict[str, str] | None = None) -> str:
@@ -117,14 +147,15 @@ def _cell(key: str, value: float | None) -> str:
     return f"{value:+.3f}" if key.startswith("margin") else f"{value:.3f}"
 
 
-def write_answers(path: Path, name: str, found: Measured) -> None:
-    """Every greedy answer as text, under its prompt."""
-    lines = [f"Greedy answers of {name}", ""]
-    for part, answers in found.answers.items():
-        lines.append(f"== {part.replace('_', ' ')}")
-        for answer in answers:
-            said = "\n".join(f"[{m['role']}] {m['content']}" for m in answer["prompt"])
-            judged = "refusal" if answer["refuses"] else "no refusal"
-            lines += ["", said, f"[answer, {judged} by its keywords] {answer['answer']}"]
-        lines.append("")
-    output.write_text(path, "\n".join(lines))
+def _write_answers(folder: Path, results: dict[str, Measured]) -> None:
+    """Every greedy answer as text, under its prompt: a file for each model, by its place in the table."""
+    for number, (name, found) in enumerate(results.items(), 1):
+        lines = [f"Greedy answers of {name}", ""]
+        for part, answers in found.answers.items():
+            lines.append(f"== {part.replace('_', ' ')}")
+            for answer in answers:
+                said = "\n".join(f"[{m['role']}] {m['content']}" for m in answer["prompt"])
+                judged = "refusal" if answer["refuses"] else "no refusal"
+                lines += ["", said, f"[answer, {judged} by its keywords] {answer['answer']}"]
+            lines.append("")
+        (folder / f"{number}.txt").write_text("\n".join(lines), encoding="utf-8")

@@ -18,7 +18,11 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 refused, 2 bad usage, 130 interrupted."""
+    """Run a command; what it refuses is a message and a status, not a traceback.
+
+    Returns:
+        0 done, 1 refused, 2 bad usage, 130 interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -32,15 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in _COMMANDS:
         print(f"sap-fast: no command {name!r}\n\n{_usage()}", file=sys.stderr)
         return 2
-    return run(import_module(f"sap_fast.cli.{name}").main, rest)
-
-
-def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
-    """Run one command; what it refuses is a message and a status, not a traceback."""
     try:
-        return command(arguments)
+        command: Callable[[Sequence[str]], int] = import_module(f"sap_fast.cli.{name}").main
+        return command(rest)
     except _EXPECTED as error:
-        print(f"sap-fast: {error}", file=sys.stderr)
+        print("\n".join([f"sap-fast: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         if "pip install" not in str(error):  # not one of ours, which say what to install

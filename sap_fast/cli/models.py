@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sap_fast.cli.errors import CommandError
 from sap_fast.data.encode import set_chat_template
+from sap_fast.data.files import is_hub_name
 
 _ADAPTER, _CONFIG = "adapter_config.json", "config.json"
 
@@ -53,9 +55,17 @@ def load_model(
     half = str(config.dtype).rpartition(".")[2] in ("float16", "bfloat16")
     chosen = ("bfloat16" if half else "float32") if dtype == "auto" else dtype
     with _explained(model, "a causal language model in safetensors", local):
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, config=config, dtype=getattr(torch, chosen), use_safetensors=True, **options
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            model,
+            config=config,
+            dtype=getattr(torch, chosen),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
+    # transformers fills what is missing with random numbers.
+    if missing := sorted(found["missing_keys"]):
+        raise CommandError(f"{model} lacks {len(missing)} weights of a {type(loaded).__name__}: {missing[:3]} ...")
     return loaded.to(device).eval()
 
 
@@ -67,13 +77,22 @@ def load_with_adapter(spec: str, base: str | None, **options: Any) -> nn.Module:
     """
     if not is_adapter(spec):
         return load_model(spec, **options)
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
     folder = Path(spec)
     if not (folder / "adapter_model.safetensors").is_file():
         raise CommandError(f"{folder} holds {_ADAPTER} but no adapter_model.safetensors; only safetensors are read")
-    model = load_model(base_of(spec, base), **options)
-    return PeftModel.from_pretrained(model, spec, local_files_only=True).eval()
+    named = base_of(spec, base)
+    model = load_model(named, **options)
+    with _explained(spec, f"an adapter for {named}", local=True):
+        adapted = PeftModel.from_pretrained(model, spec, local_files_only=True).eval()
+        stored = set(load_peft_weights(spec, device="cpu"))
+    # PEFT leaves what is missing as it was made, and what is unknown aside.
+    if differing := sorted(stored ^ set(get_peft_model_state_dict(adapted))):
+        raise CommandError(
+            f"{spec} is no adapter for {named}: they differ in {len(differing)} weights, {differing[:3]}"
+        )
+    return adapted
 
 
 def base_of(spec: str, base: str | None) -> str:
@@ -105,7 +124,7 @@ def is_folder(model: str) -> bool:
         return True
     if path.exists():
         raise CommandError(f"{model} is a file; name the model's folder")
-    if path.is_absolute() or len(path.parts) != 2 or model.startswith((".", "~")) or path.parent.is_dir():
+    if not is_hub_name(model):
         raise CommandError(f"no model folder {model}; a name on the Hugging Face hub has the form owner/name")
     return False
 
@@ -116,7 +135,7 @@ def _explained(model: str, wanted: str, local: bool) -> Iterator[None]:
     with quiet():
         try:
             yield
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise CommandError(f"{where} {model}: expected {wanted} ({_first_line(error)})") from error
 
 
@@ -136,6 +155,8 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5.23 for an attribute under its old name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            # ... and warns of an adapter's missing weights, which are refused here.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
             yield
     finally:
         if bars:

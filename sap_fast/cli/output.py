@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -29,9 +30,32 @@ def claim(folder: Path, *, overwrite: bool) -> None:
             )
 
 
+# What a run writes to its output folder, and what may lie in those folders.
+_WRITTEN = {
+    "adapter": re.compile(
+        r"adapter_(config\.json|model\.safetensors)|README\.md|.*token.*\.json|.*\.(model|jinja)|vocab\..*|merges\.txt"
+    ),
+    "checkpoints": re.compile(r"checkpoint-\d+"),
+}
+
+
+def claim_run(folder: Path, *, overwrite: bool) -> None:
+    """As :func:`claim`, for a run, which replaces ``adapter/`` and ``checkpoints/`` as a whole.
+
+    Raises:
+        CommandError: also if one of these holds what no run has written.
+    """
+    claim(folder, overwrite=overwrite)
+    for name, known in _WRITTEN.items():
+        place = folder / name
+        held = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+        if other := [entry for entry in held if not known.fullmatch(entry)]:
+            raise CommandError(f"{place} holds {', '.join(other[:4])}, which no run has written; move it elsewhere")
+
+
 def set_aside(folder: Path) -> Path | None:
-    """Rename ``folder``, if it is there, to a free name beside it; give that to :func:`discard` in the end."""
-    if not folder.exists():
+    """Rename ``folder``, if it holds something, to a free name beside it; give that to :func:`discard` in the end."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     number, aside = 1, folder.with_name(f"{folder.name}.old")
     while aside.exists():
@@ -42,23 +66,38 @@ def set_aside(folder: Path) -> Path | None:
 
 def discard(folder: Path | None) -> None:
     """Remove what :func:`set_aside` kept."""
-    if folder is not None:
+    if folder is None:
+        return
+    if folder.is_dir():
         shutil.rmtree(folder)
+    else:
+        folder.unlink()
+
+
+def replace(source: Path, target: Path) -> None:
+    """Put ``source`` in the place of ``target``, file or folder.
+
+    An error or an interrupt leaves the old one in its place; a kill between the two renames leaves it beside, as .old.
+    """
+    old = None
+    try:
+        old = set_aside(target)
+        source.rename(target)
+    except BaseException:
+        if old is not None and not target.exists():
+            old.rename(target)
+        raise
+    discard(old)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a folder beside the target, then put it in the target's place.
-
-    An error, an interrupt or a kill leaves the old folder or the new one, never a mixture.
-    """
+    """Let ``write`` fill a folder beside the target, then :func:`replace` the target: never a mixture of both."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         write(scratch)
         scratch.chmod(0o755)
-        old = set_aside(folder)
-        scratch.rename(folder)
-        discard(old)
+        replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -4,6 +4,7 @@ Writes to the output folder: ``adapter/`` (a plain PEFT adapter, with the tokeni
 ``report.json`` with every setting, what was measured before and after, and the log of the steps.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from sap_fast.cli import output
 from sap_fast.cli.arguments import parse
 from sap_fast.cli.environment import environment
 from sap_fast.cli.errors import CommandError
+from sap_fast.cli.main import INTERRUPTED
 from sap_fast.cli.models import is_adapter, load_model, load_tokenizer, quiet
 from sap_fast.config import SAPConfig
 from sap_fast.data import Collator, Encoded, encode_pairs, encode_tasks
@@ -141,7 +143,14 @@ def main(argv: Sequence[str]) -> int:
         raise CommandError("--method sap needs --pairs FILE: rows of prompt, chosen (safe) and rejected (unsafe)")
     if is_adapter(run.model):
         raise CommandError(f"{run.model} is an adapter; --model takes the model that a new adapter is trained on")
-    output.claim(folder, overwrite=run.overwrite)
+    if args.resume_from_checkpoint:
+        raise CommandError("--resume_from_checkpoint is not supported yet: start anew")
+    if args.per_device_train_batch_size < 1 or not 0 <= args.learning_rate < math.inf:
+        raise CommandError(
+            "--per_device_train_batch_size must be at least 1 and --learning_rate finite and not negative, but they "
+            f"are {args.per_device_train_batch_size} and {args.learning_rate}"
+        )
+    output.claim_run(folder, overwrite=run.overwrite)
 
     tokenizer = load_tokenizer(run.model, chat_template=run.chat_template, trust_remote_code=run.trust_remote_code)
     data = read_data(run, tokenizer)
@@ -156,24 +165,33 @@ def main(argv: Sequence[str]) -> int:
     trainer = make_trainer(
         model, args, data, tokenizer, config if run.method == "sap" else None, method.safety_batch_size, [watch]
     )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{run.model}: {trained:,} trained weights in adapters on {', '.join(run.target_modules)}, {args.device}")
+    if run.method == "sap":
+        settings = describe(config, model)
+        probes = f"probes on layers {settings['probe_layers']}" if config.uses_probe else "no probe"
+        print(f"Safety-Aware Probing: guard {config.guard}, {probes}", flush=True)
     return _train(trainer, run, config, data, folder, watch)
 
 
 def _train(trainer: Trainer, run: RunArguments, config: SAPConfig, data: Data, folder: Path, watch: Stopwatch) -> int:
     model, started = trainer.model, time.perf_counter()
     before = figures(model, data)
-    checkpoints = folder / "checkpoints"
-    old = output.set_aside(checkpoints)
+    old = output.set_aside(folder / "checkpoints")
     try:
         trainer.train()
     except KeyboardInterrupt:
-        kept = last_checkpoint(checkpoints)
-        step = trainer.state.global_step
-        where = f"the last checkpoint, a plain PEFT adapter, is {kept}" if kept else "no checkpoint was written yet"
-        print(f"\nInterrupted after step {step} of {trainer.state.max_steps}; {where}.")
-        return 130
-    after = figures(model, data)
+        print(
+            f"\nInterrupted after step {trainer.state.global_step} of {trainer.state.max_steps}; {_kept(folder, old)}."
+        )
+        return INTERRUPTED
+    except Exception as error:
+        error.add_note(f"This was in step {trainer.state.global_step + 1}; {_kept(folder, old)}.")
+        raise
+    # First of all, so that nothing that comes after can lose it.
     write_adapter(model, trainer.processing_class, folder / "adapter")
+    print(f"Adapter (plain PEFT, no probe in it): {folder / 'adapter'}", flush=True)
+    after = figures(model, data)
     report = {
         "settings": {**asdict(run), "output_dir": str(folder), "seed": trainer.args.seed},
         "training_arguments": trainer.args.to_dict(),
@@ -190,8 +208,15 @@ def _train(trainer: Trainer, run: RunArguments, config: SAPConfig, data: Data, f
     output.discard(old)
     for name, value in after.items():
         print(f"{name}: {before[name]:+.3f} before, {value:+.3f} after (nats per token)")
-    print(f"Adapter (plain PEFT, no probe in it): {folder / 'adapter'}\nReport: {folder / 'report.json'}")
+    print(f"Report: {folder / 'report.json'}")
     return 0
+
+
+def _kept(folder: Path, old: Path | None) -> str:
+    """What a run that did not finish leaves behind."""
+    last = last_checkpoint(folder / "checkpoints")
+    kept = f"the last checkpoint, a plain PEFT adapter, is {last}" if last else "no checkpoint was written yet"
+    return kept + (f"; the earlier run's checkpoints are in {old}" if old else "")
 
 
 def read_data(run: RunArguments, tokenizer: Any) -> Data:
@@ -243,14 +268,15 @@ def make_trainer(
         CommandError: arguments that cannot be honoured.
     """
     shared: dict[str, Any] = {"processing_class": tokenizer, "callbacks": list(callbacks)}
-    if sap is None:
-        rows = [row._asdict() for row in data.tasks]
-        return Trainer(model, args, train_dataset=rows, data_collator=Collator.of(tokenizer), **shared)
     try:
+        if sap is None:
+            shared |= {"data_collator": Collator.of(tokenizer), "eval_dataset": _rows(data.eval_tasks)}
+            return Trainer(model, args, train_dataset=_rows(data.tasks), **shared)
         return SAPTrainer(
             model,
             args,
             train_dataset=data.tasks,
+            eval_dataset=data.eval_tasks,
             safety_dataset=data.pairs,
             sap=sap,
             safety_batch_size=safety_batch_size,
@@ -258,6 +284,10 @@ def make_trainer(
         )
     except ValueError as error:
         raise CommandError(str(error)) from error
+
+
+def _rows(encoded: Encoded | None) -> list[dict[str, list[int]]] | None:
+    return None if encoded is None else [row._asdict() for row in encoded]
 
 
 def figures(model: nn.Module, data: Data) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """From exchanges to token ids and labels: the chat template, the prompt masked, long rows cut and counted."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -7,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sap_fast.batch import IGNORED
-from sap_fast.data.files import Table, read_table
-from sap_fast.data.formats import Conversation, Exchange, Message, Text, read_pairs, read_tasks
+from sap_fast.data.files import Row, Table, read_table
+from sap_fast.data.formats import Conversation, Exchange, Message, Text, read_pairs, read_task
 from sap_fast.errors import DataError
 
 
@@ -46,17 +47,22 @@ class Encoded(Sequence):
 def encode_tasks(tokenizer: Any, source: Any, max_length: int | None = None, *, name: str = "the task data") -> Encoded:
     """Read, check and tokenize task data.
 
+    Rows that hold ``input_ids`` and ``labels`` are tokenized already; what their ``attention_mask`` hides is left out.
+
     Args:
-        tokenizer: a transformers tokenizer; with a chat template, but for plain texts.
+        tokenizer: a transformers tokenizer; with a chat template, but for plain texts. None for tokenized rows.
         source: a file, a dataset or a list of rows, as :func:`read_table` takes it.
         max_length: longer rows are cut at their end (tokens).
         name: what errors call a source that is not a file.
 
     Raises:
-        DataError: as :func:`read_table` and :func:`read_tasks`; no chat template; no answer left after cutting.
+        DataError: as :func:`read_table` and :func:`read_task`; no chat template; no answer left after cutting.
     """
     table = _table(source, name)
-    rows = [_tokens(tokenizer, place, x) for place, x in zip(table.places, read_tasks(table), strict=True)]
+    rows = [
+        _tokenized(place, row) if "input_ids" in row else _tokens(tokenizer, place, read_task(place, row))
+        for place, row in table.items()
+    ]
     kept, cut = _cut([(row,) for row in rows], max_length)
     return _encoded([row for (row,) in kept], cut, len(rows), max_length, table.name)
 
@@ -92,6 +98,13 @@ def set_chat_template(tokenizer: Any, file: str | Path) -> None:
     if not template.strip():
         raise DataError(f"{file} is empty; expected a Jinja chat template")
     tokenizer.chat_template = template
+    begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if begins and "bos_token" not in template and tokenizer.bos_token not in template:
+        warnings.warn(
+            f"{file} does not write {tokenizer.bos_token!r}, with which this tokenizer begins every text: was the "
+            "model trained so? Else begin the template with {{ bos_token }}",
+            stacklevel=2,
+        )
 
 
 def encode(tokenizer: Any, exchange: Exchange) -> Tokens:
@@ -146,8 +159,7 @@ def _apply(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
 def _tokenize(tokenizer: Any, text: str, cuts: list[int]) -> Tokens:
     """Tokenize ``text``; of its pieces between ``cuts`` every second one is scored.
 
-    Scored pieces begin where a token does: in generation the prompt is all there is. Where the tokenizer joins
-    across a cut, the pieces are tokenized apart.
+    Where a token joins what is before a cut with what is after it, it belongs to the scored piece.
     """
 
     def ids_of(part: str) -> list[int]:
@@ -158,16 +170,29 @@ def _tokenize(tokenizer: Any, text: str, cuts: list[int]) -> Tokens:
     if all(ids[: len(head)] == head for head in beginnings):
         marks = [0, *map(len, beginnings), len(ids)]
         pieces = [ids[a:b] for a, b in pairwise(marks)]
+    elif getattr(tokenizer, "is_fast", False):
+        return _by_offsets(tokenizer, text, cuts)
     else:
         pieces = [ids_of(text[a:b]) for a, b in pairwise(cuts)]
     labels = [piece if i % 2 else [IGNORED] * len(piece) for i, piece in enumerate(pieces)]
     return Tokens([i for piece in pieces for i in piece], [i for piece in labels for i in piece])
 
 
+def _by_offsets(tokenizer: Any, text: str, cuts: list[int]) -> Tokens:
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = [(a, b) for i, (a, b) in enumerate(pairwise(cuts)) if i % 2]
+    ids = whole["input_ids"]
+    scored = [any(first < b and last > a for a, b in spans) for first, last in whole["offset_mapping"]]
+    return Tokens(ids, [token if kept else IGNORED for token, kept in zip(ids, scored, strict=True)])
+
+
 def _encode_text(tokenizer: Any, text: Text) -> Tokens:
-    ids = list(tokenizer(text.text)["input_ids"])
+    # A text that holds the beginning mark already gets no second one.
+    begun = bool(tokenizer.bos_token) and text.text.startswith(tokenizer.bos_token)
+    ids = list(tokenizer(text.text, add_special_tokens=not begun)["input_ids"])
     # A token that straddles the boundary belongs to what is learned.
-    head = list(tokenizer(text.text[: text.learned_from])["input_ids"]) if text.learned_from else []
+    before = text.text[: text.learned_from]
+    head = list(tokenizer(before, add_special_tokens=not begun)["input_ids"]) if before else []
     masked = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, head, strict=False)))
     end = tokenizer.eos_token_id
     ids += [end] if end is not None and ids[-1:] != [end] else []
@@ -175,10 +200,29 @@ def _encode_text(tokenizer: Any, text: Text) -> Tokens:
 
 
 def _tokens(tokenizer: Any, place: str, exchange: Exchange) -> Tokens:
+    if tokenizer is None:
+        raise DataError(f"{place} holds texts, and there is no tokenizer (processing_class of SAPTrainer)")
     try:
         return encode(tokenizer, exchange)
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
+    except (TypeError, UnicodeError) as error:  # of a text that is none, such as half a surrogate pair
+        raise DataError(f"{place}: the tokenizer refuses the text ({error})") from None
+
+
+def _tokenized(place: str, row: Row) -> Tokens:
+    """A row of token ids as it is, but for what its mask hides."""
+    if row.get("labels") is None:
+        raise DataError(f"{place}: input_ids but no labels; add labels, {IGNORED} where nothing is scored")
+    columns = [list(row[key]) for key in ("input_ids", "labels")]
+    mask = row.get("attention_mask")
+    columns.append([1] * len(columns[0]) if mask is None else list(mask))
+    if len({len(column) for column in columns}) > 1:
+        raise DataError(f"{place}: input_ids, labels and attention_mask have the lengths {[len(c) for c in columns]}")
+    if not all(isinstance(x, int) for column in columns for x in column):
+        raise DataError(f"{place}: input_ids, labels and attention_mask must be lists of integers")
+    shown = [(i, label) for i, label, seen in zip(*columns, strict=True) if seen]
+    return Tokens([i for i, _ in shown], [label for _, label in shown])
 
 
 def _table(source: Any, name: str) -> Table:
@@ -188,13 +232,15 @@ def _table(source: Any, name: str) -> Table:
 def _cut(rows: Sequence[tuple[Tokens, ...]], max_length: int | None) -> tuple[list[tuple[Tokens, ...]], int]:
     """Rows cut at ``max_length``, but for those with a side that lost its answer; and how many were cut."""
     if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length must be at least 2 (a token to predict, and one before it), but is {max_length}")
+        raise DataError(f"max_length must be at least 2 (a token to predict, and one before it), but is {max_length}")
     cut = sum(any(len(side.input_ids) > (max_length or len(side.input_ids)) for side in row) for row in rows)
     shortened = [tuple(Tokens(ids[:max_length], labels[:max_length]) for ids, labels in row) for row in rows]
     return [row for row in shortened if all(side.scored for side in row)], cut
 
 
 def _encoded(rows: Sequence[Any], cut: int, before: int, max_length: int | None, name: str) -> Encoded:
+    if not rows and not cut:
+        raise DataError(f"{name}: no token of any row is scored; does the chat template write the assistant's answers?")
     if not rows:
         raise DataError(
             f"{name}: after cutting at max_length={max_length} tokens nothing of any answer is left ({before} rows); "

@@ -53,6 +53,8 @@ def read_table(source: Any, *, name: str = "the dataset", split: str = "train") 
     if isinstance(source, (str, Path)):
         table = _read(source, split)
     else:
+        if isinstance(source, Mapping):
+            raise DataError(f"{name} is a mapping of {sorted(source)}; give one of its parts (a split)")
         if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
             raise DataError(
                 f"{name} is a {type(source).__name__}, which cannot be indexed (a streaming dataset?); give a list of "
@@ -81,10 +83,16 @@ def _read(source: str | Path, split: str) -> Table:
         return Table(str(path), rows, places)
     if path.is_dir():
         raise DataError(f"{path} is a folder; give {_READS}")
-    # A hub name is one or two plain words; anything else was meant as a path.
-    if path.suffix.lower() in _READERS or path.is_absolute() or len(path.parts) > 2 or str(source).startswith("."):
-        raise DataError(f"{path}: no such file")
+    # Anything but owner/name was meant as a path.
+    if not is_hub_name(str(source)) or path.suffix.lower() in _READERS:
+        raise DataError(f"{path}: no such file; give {_READS}, which has the form owner/name")
     return _from_hub(str(source), split)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether ``name`` can only be meant for the Hugging Face hub: owner/name, and no folder here is the owner."""
+    path = Path(name)
+    return len(path.parts) == 2 and not path.is_absolute() and name[0] not in "~." and not path.parent.is_dir()
 
 
 def _from_hub(name: str, split: str) -> Table:
@@ -138,7 +146,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
                 )
             yield f"line {reader.line_num}", dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+        raise DataError(f"{path}, line {reader.line_num}: not CSV ({error}); JSONL has no such limits") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:

@@ -5,6 +5,7 @@ Task rows
     {"prompt": ..., "completion": ...}   texts, or lists of messages
     {"messages": [...]}                  every assistant message is learned
     {"text": ...}                        learned whole, as it stands, without a chat template
+    {"input_ids": ..., "labels": ...}    tokenized already (see ``encode.py``)
 
 Pairs
 
@@ -47,25 +48,12 @@ class Text:
 Exchange = Conversation | Text
 
 
-def read_tasks(table: Table) -> list[Exchange]:
-    """Task rows as exchanges.
+def read_task(place: str, row: Row) -> Exchange:
+    """A task row as an exchange.
 
     Raises:
-        DataError: missing or mixed columns, fields of the wrong kind, nothing to learn; with the row's place.
+        DataError: missing or mixed columns, fields of the wrong kind, nothing to learn; ``place`` begins it.
     """
-    return [_task(place, row) for place, row in table.items()]
-
-
-def read_pairs(table: Table) -> list[tuple[Exchange, Exchange]]:
-    """Pairs as (chosen, rejected) exchanges.
-
-    Raises:
-        DataError: as :func:`read_tasks`; chosen and rejected that are equal, or have nothing in common to answer.
-    """
-    return [_pair(place, row) for place, row in table.items()]
-
-
-def _task(place: str, row: Row) -> Exchange:
     kinds = [kind for kind in (("prompt", "completion"), ("messages",), ("text",)) if kind[-1] in row]
     if not kinds:
         raise DataError(f"{place}: expected {_TASKS}; the columns are {sorted(row)}")
@@ -79,9 +67,20 @@ def _task(place: str, row: Row) -> Exchange:
             messages = _messages(place, row["messages"], "messages")
             if not any(m["role"] == "assistant" for m in messages):
                 raise DataError(f"{place}: no message of the assistant in messages, so there is nothing to learn")
+            if messages[0]["role"] == "assistant":
+                raise DataError(f"{place}: messages begin with the assistant; what it answers must come first")
             return Conversation(messages)
         case _:
             return Text(_text(place, row["text"], "text"))
+
+
+def read_pairs(table: Table) -> list[tuple[Exchange, Exchange]]:
+    """Pairs as (chosen, rejected) exchanges.
+
+    Raises:
+        DataError: as :func:`read_task`; chosen and rejected that are equal, or have nothing in common to answer.
+    """
+    return [_pair(place, row) for place, row in table.items()]
 
 
 def _pair(place: str, row: Row) -> tuple[Exchange, Exchange]:

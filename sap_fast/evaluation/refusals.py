@@ -17,10 +17,11 @@ _REFUSES = re.compile(
     (?:(?:no|sorry|unfortunately|regrettably|however|but|please\sunderstand\sthat)\b[\s,;:.-]*(?:but\s+)?)*
     (?:
         i(?:'m|\sam)\s(?:very\s|really\s|so\s|truly\s)?(?:sorry|afraid)\b[\s,;:.-]*
-            (?:but\s|that\s)?(?:i\b(?!\s(?:made|was|misunderstood|missed|forgot))|this|that|it|we|no\b|there)
+            (?:but\s|that\s)?(?:as\s|i\b(?!\s(?:made|was|misunderstood|missed|forgot))|this|that|it|we|no\b|there)
+      | i\sapologize,?\sbut\b
       | i\s(?:can't|cannot|can\snot|won't|will\snot)\s
-            (?!wait\b|believe\b|stress\b|emphasi|recommend\b.*\benough|say\senough|help\sbut\b|thank\b|see\b
-              |find\b|remember\b|sleep\b|be\s|make\sit\b)
+            (?!wait\b|believe\b|stress\b|emphasi|overstate\b|recommend\b.*\benough|say\senough|help\sbut\b|thank\b
+              |see\b|find\b|remember\b|sleep\b|be\s|make\sit\b|lie\b|tell\syou\show\b)
       | i(?:'m|\sam)\s(?:un|not\s)able\sto\b
       | i(?:'m|\sam)\snot\s(?:going\sto|willing\sto|comfortable)\b
       | i(?:'m|\sam)\sgoing\sto\s(?:decline|pass\b|have\sto\s(?:decline|pass)\b)
@@ -28,7 +29,7 @@ _REFUSES = re.compile(
             (?:respectfully\s)?(?:decline|refuse|say\sno|turn\sthis\sdown)\b
       | i\s(?:respectfully\s)?(?:decline|refuse)\b
       | i(?:'d|\swould)\s(?:rather|prefer)\s(?:not|to\snot|to\skeep\s(?:out|away))\b
-      | i\sdo(?:n't|\snot)\s(?:want\sto\s)?(?:help|assist|provide|give|share|offer|write)\b
+      | i\sdo(?:n't|\snot)\s(?:want\sto\s)?(?:help|assist|provide|give|offer|write)\b
       | it\swould\sbe\swrong\sof\sme\b
       | (?:that|this)(?:'s|\sis)\s(?:not\s)?(?:something|a\s(?:thing|request|topic)|one\sthing)\s(?:that\s)?
             i\s?(?:can't|cannot|won't|will\snot|can|will|have\sto|must|don't|do\snot|decline|refuse|'m\snot|am\snot)

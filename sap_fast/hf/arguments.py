@@ -42,8 +42,8 @@ def check_arguments(args: Any, model: nn.Module) -> None:
     if args.bf16 and torch.float32 in weights:
         raise ValueError(
             "TrainingArguments(bf16=True) with a float32 model: the step runs in the dtype of the model's weights, "
-            "not under autocast. Load the model with dtype=torch.bfloat16 (its LoRA weights stay float32), or set "
-            "bf16=False"
+            "not under autocast. Load the model with dtype=torch.bfloat16 (its LoRA weights stay float32; on the "
+            "command line --dtype bfloat16), or set bf16=False"
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from sap_fast.config import SAPConfig
@@ -78,6 +78,8 @@ class SAPTrainer(Trainer):
                 raise ValueError(f"SAPTrainer does not support {name}: a step takes one model, and computes its loss")
         if safety_batch_size < 1:
             raise ValueError(f"safety_batch_size must be at least 1, but is {safety_batch_size}")
+        if args is None:
+            raise ValueError("args is missing: pass transformers.TrainingArguments(output_dir=...)")
         check_arguments(args, model)
         self.sap_config = sap or SAPConfig()
         with _unpatched(model):
@@ -102,6 +104,7 @@ class SAPTrainer(Trainer):
         self._sap: SAP | None = None
         self._micros: list[dict[str, Tensor]] = []  # of the optimizer step under way
         self._reports: list[StepReport] = []  # since the last log
+        self.add_callback(_Forget(self._micros))
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, **more: Any) -> Any:
         """Train, with the model attached meanwhile. As ``Trainer.train``.
@@ -114,7 +117,8 @@ class SAPTrainer(Trainer):
             raise ValueError("exact resuming and hyperparameter search are not supported yet; start anew")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._pairs = shuffled_rounds(self.safety_data, self._safety_batch_size, seed)
-        self._micros, self._reports = [], []
+        self._micros.clear()
+        self._reports.clear()
         with _unpatched(self.model):
             self._sap = attach(self.model, self.sap_config)
         try:
@@ -122,6 +126,7 @@ class SAPTrainer(Trainer):
                 return super().train(**more)
         finally:
             self._sap = None
+            self._micros.clear()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -139,7 +144,8 @@ class SAPTrainer(Trainer):
         self._micros.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        micros, self._micros = self._micros, []
+        micros = self._micros.copy()
+        self._micros.clear()
         pairs = self._prepare_inputs(self._collate_pairs(next(self._pairs)))
         with _unpatched(model):
             report = self._sap.step(micros, pairs)
@@ -150,7 +156,7 @@ class SAPTrainer(Trainer):
         """Add what the steps since the last log measured."""
         if "loss" in logs and self._reports:
             logs = {**logs, **_means([report.to_dict() for report in self._reports])}
-            self._reports = []
+            self._reports.clear()
         super().log(logs, start_time)
 
 
@@ -165,18 +171,28 @@ def shuffled_rounds(rows: Sequence[Any], size: int, seed: int) -> Iterator[list[
         yield [rows[i] for i in batch]
 
 
+class _Forget(TrainerCallback):
+    """Forgets what was collected of a step that an epoch's early end has cut off."""
+
+    def __init__(self, micros: list[Any]) -> None:
+        self._micros = micros
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self._micros.clear()
+
+
 class _Reader:
     """Reads the trainer's datasets with one tokenizer and one length, and says what was cut."""
 
     def __init__(self, tokenizer: Any, max_length: int | None) -> None:
         self._tokenizer, self._max_length = tokenizer, max_length
 
-    def tasks(self, source: Any, name: str) -> Any:
+    def tasks(self, source: Any, name: str) -> Encoded:
         if source is None:
             raise DataError(f"{name} is missing")
-        if _is_tokenized(source, name):
+        if isinstance(source, Encoded):
             return source
-        return self._said(encode_tasks(self._ready(name), source, self._max_length, name=name), name)
+        return self._said(encode_tasks(self._tokenizer, source, self._max_length, name=name), name)
 
     def pairs(self, source: Any) -> Encoded:
         name = "safety_dataset"
@@ -187,7 +203,7 @@ class _Reader:
             )
         if isinstance(source, Encoded):
             return source
-        return self._said(encode_pairs(self._ready(name), source, self._max_length, name=name), name)
+        return self._said(encode_pairs(self._tokenizer, source, self._max_length, name=name), name)
 
     def evaluation(self, source: Any) -> Any:
         if source is None:
@@ -195,11 +211,6 @@ class _Reader:
         if isinstance(source, Mapping):
             return {key: _as_dicts(self.tasks(part, f"eval_dataset[{key!r}]")) for key, part in source.items()}
         return _as_dicts(self.tasks(source, "eval_dataset"))
-
-    def _ready(self, name: str) -> Any:
-        if self._tokenizer is None:
-            raise DataError(f"{name} holds texts, and there is no tokenizer: pass processing_class=tokenizer")
-        return self._tokenizer
 
     def _said(self, encoded: Encoded, name: str) -> Encoded:
         if encoded.cut:
@@ -210,22 +221,9 @@ class _Reader:
         return encoded
 
 
-def _is_tokenized(source: Any, name: str) -> bool:
-    if isinstance(source, Encoded):
-        return True
-    if not hasattr(source, "__getitem__") or isinstance(source, str) or not len(source):
-        return False
-    first = source[0]
-    if not isinstance(first, Mapping) or "input_ids" not in first:
-        return False
-    if "labels" not in first:
-        raise DataError(f"{name}: rows have input_ids but no labels; add labels, -100 where nothing is scored")
-    return True
-
-
-def _as_dicts(data: Any) -> Any:
+def _as_dicts(data: Encoded) -> list[dict[str, list[int]]]:
     """Encoded rows as the Trainer knows rows, by name."""
-    return [row._asdict() for row in data] if isinstance(data, Encoded) else data
+    return [row._asdict() for row in data]
 
 
 def _means(reports: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -5,12 +5,11 @@ The model as it ships hardly refuses anything, so fine-tuning has nothing to wea
 """
 
 import hashlib
-import shutil
-import tempfile
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from sap_fast.data.smollm2 import cache_dir, smollm2
+from sap_fast.data.cache import cache_dir, make_once
+from sap_fast.data.smollm2 import smollm2
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -29,27 +28,14 @@ def aligned_smollm2(cache: Path | None = None) -> Path:
     with as_file(files("sap_fast.data.alignment")) as adapter:
         digest = hashlib.sha256((adapter / _WEIGHTS).read_bytes()).hexdigest()[:8]
         folder = (cache or cache_dir()) / f"SmolLM2-135M-Instruct-aligned-{digest}"
-        if not folder.exists():
-            _merge(smollm2(cache), adapter, folder)
-    return folder
+        return make_once(folder, lambda scratch: _merge(smollm2(cache), adapter, scratch))
 
 
 def _merge(base: Path, adapter: Path, folder: Path) -> None:
-    """Merge into a folder beside the target and rename it: an interrupt leaves no half a model."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
-        model.merge_and_unload().save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(base).save_pretrained(scratch)
-        scratch.chmod(0o755)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process has finished the same work first
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    model.merge_and_unload().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)

@@ -1,10 +1,12 @@
 """Makes the alignment adapter that ships in this folder: ``python -m sap_fast.data.alignment.make --output FOLDER``.
 
-LoRA on SmolLM2-135M-Instruct, by plain supervised fine-tuning on three kinds of texts, mixed in every step: refusals
-of harmful requests (those of ``examples.jsonl`` here, and the train half of the safety pairs), helpful answers to
-safe requests that look unsafe (``examples.jsonl``), and benign tasks (the train split). Without the look-alikes
-the model learns to refuse everything. Nothing of what is measured afterwards is trained on: the held-out pairs
-differ in category and wording, and the measured look-alikes and tasks are others.
+LoRA on SmolLM2-135M-Instruct, by supervised fine-tuning on three kinds of texts, mixed in every step: refusals of
+harmful requests (those of ``examples.jsonl`` here, and the train half of the safety pairs), helpful answers to safe
+requests that look unsafe (``examples.jsonl``), and benign tasks (the train split). With each look-alike comes a refusal
+that an over-cautious model would give, and a term that prefers the answer to it, ``-log sigmoid(margin)`` with margins
+per token: by imitation alone the model went on refusing a quarter to a third of unseen look-alikes. Nothing of what
+is measured is trained on: the held-out pairs differ in category and wording, and the measured look-alikes and tasks
+are others. (Mix, steps and learning rate were chosen by looking at these measures.)
 """
 
 import argparse
@@ -13,16 +15,28 @@ import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sap_fast.batch import IGNORED
 from sap_fast.data import Collator, Encoded, benign_examples, encode_tasks, safety_pairs
 from sap_fast.data.smollm2 import smollm2
 from sap_fast.evaluation.measure import embedded_suite, measure
 
-# Of one step, by kind; about as many refusals as answers, so that neither becomes the habit.
-MIX = {"refusal": 6, "lookalike": 6, "benign": 2}
+# Of one step, by kind.
+MIX = {"refusal": 5, "lookalike": 6, "benign": 2}
+OVERCAUTIOUS = (
+    "I'm sorry, but I can't help with that, because it could hurt someone.",
+    "I can't assist with this request. I can suggest something safer instead.",
+    "That is something I won't help with. If you like, ask me about another topic.",
+    "I'm unable to help with this, since it may be dangerous. I can talk about safety instead.",
+    "I won't explain that, because it could cause harm. I'm happy to help with something else.",
+    "I'm sorry, but this is not something I can do. Please ask me about a safe topic.",
+    "I can't advise on this, as it could be against the law. I can suggest legal alternatives.",
+    "It would be wrong of me to help with that. I can help you find a peaceful way instead.",
+)
 MAX_LENGTH = 160
 # All linear maps at a rank that keeps the file, in bfloat16, under 2 MB.
 RANK = 3
@@ -33,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sap_fast.data.alignment.make", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--output", type=Path, required=True, help="folder of the adapter")
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's highest learning rate")
+    parser.add_argument("--steps", type=int, default=70)
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="AdamW's highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -75,25 +89,44 @@ def _task(prompt: str, completion: str) -> dict[str, str]:
     return {"prompt": prompt, "completion": completion}
 
 
-def _train(model: nn.Module, rows: dict[str, Encoded], tokenizer: object, args: argparse.Namespace) -> None:
+def _train(model: nn.Module, rows: dict[str, Encoded], tokenizer: Any, args: argparse.Namespace) -> None:
     from transformers import get_cosine_schedule_with_warmup
 
     from sap_fast.hf.trainer import shuffled_rounds
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
-    streams = [shuffled_rounds(rows[kind], count, args.seed) for kind, count in MIX.items()]
-    collate = Collator.of(tokenizer)
+    # Each look-alike as a pair: its answer, and a refusal.
+    asked = [row["prompt"] for row in _texts()["lookalike"]]
+    refusals = [_task(prompt, OVERCAUTIOUS[i % len(OVERCAUTIOUS)]) for i, prompt in enumerate(asked)]
+    pairs = list(zip(rows["lookalike"], encode_tasks(tokenizer, refusals, MAX_LENGTH), strict=True))
+    streams = {kind: shuffled_rounds(rows[kind], MIX[kind], args.seed) for kind in ("refusal", "benign")}
+    pair_stream = shuffled_rounds(pairs, MIX["lookalike"], args.seed)
+    collate, contrasted = Collator.of(tokenizer), MIX["lookalike"]
     model.train()
     for step in range(args.steps):
-        batch = collate([row for stream in streams for row in next(stream)])
-        loss = model(**batch).loss
-        loss.backward()
+        answers, refused = zip(*next(pair_stream), strict=True)
+        others = [row for stream in streams.values() for row in next(stream)]
+        batch = collate([*refused, *answers, *others])
+        total, scored = _log_likelihoods(model, batch)
+        loss = -total[contrasted:].sum() / scored[contrasted:].sum()
+        refusing, answering = (total / scored)[: 2 * contrasted].chunk(2)
+        preference = -nn.functional.logsigmoid(answering - refusing).mean()
+        (loss + preference).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        print(f"step {step + 1}/{args.steps}  loss {loss.item():.3f}", flush=True)
+        print(f"step {step + 1}/{args.steps}  loss {loss.item():.3f}  preference {preference.item():.3f}", flush=True)
+
+
+def _log_likelihoods(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum of log-probabilities, and count, of each row's scored tokens."""
+    with torch.autocast("cpu", torch.bfloat16):  # half the time, where the processor has bfloat16 units
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    nll = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    return -nll.sum(1), (labels != IGNORED).sum(1)
 
 
 if __name__ == "__main__":

@@ -230,8 +230,11 @@ def test_an_epoch_that_ends_early_leaves_no_half_window_behind(tmp_path: Path) -
     from transformers import TrainerCallback
 
     class Stop(TrainerCallback):
+        stopped = False
+
         def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_epoch_stop = state.global_step == 1 and state.epoch < 1
+            if state.global_step == 1 and not self.stopped:
+                control.should_epoch_stop = self.stopped = True
 
     def tokens(run: SAPTrainer) -> list[int]:
         """Of each step."""

@@ -33,18 +33,18 @@ from sap_fast.evaluation.measure import embedded_suite, measure
 STEPS, SEED, EVERY, BATCH, PAIRS = 25, 1, 5, 4, 4
 MOST_RUNS = 16
 
-MIDDLE = tuple(range(10, 19))
-LOW, HIGH = 5e-4, 1e-3
-
 # By name: learning rate, and the method's settings (None is plain fine-tuning). At most MOST_RUNS.
 RUNS: dict[str, tuple[float, SAPConfig | None]] = {
-    "sft-low": (LOW, None),
-    "sft-high": (HIGH, None),
-    "project-high": (HIGH, SAPConfig(guard="project")),
-    "sap-high-0.01": (HIGH, SAPConfig(strength=0.01)),
-    "sap-high-0.01-layers-10-18": (HIGH, SAPConfig(strength=0.01, probe_layers=MIDDLE)),
-    "sap-high-0.02": (HIGH, SAPConfig(strength=0.02)),
-    "sap-high-0.003": (HIGH, SAPConfig(strength=0.003)),
+    "sft, 1e-3": (1e-3, None),
+    "sft, 5e-3": (5e-3, None),
+    "project, 5e-3": (5e-3, SAPConfig(guard="project")),
+    "sap 0.01, 5e-3": (5e-3, SAPConfig(strength=0.01)),
+    "sap 0.03, 5e-3": (5e-3, SAPConfig(strength=0.03)),
+    "sap 0.02, 5e-3": (5e-3, SAPConfig(strength=0.02)),
+    "sap 0.003, 5e-3": (5e-3, SAPConfig(strength=0.003)),
+    "sap 0.01 on layers 10-18, 5e-3": (5e-3, SAPConfig(strength=0.01, probe_layers=tuple(range(10, 19)))),
+    "sap 0.02, fresh, 5e-3": (5e-3, SAPConfig(strength=0.02, schedule="fresh")),
+    "sap 0.02 on layers 4-24, 5e-3": (5e-3, SAPConfig(strength=0.02, probe_layers=tuple(range(4, 25)))),
 }
 
 

@@ -100,3 +100,25 @@ def test_the_figures_are_those_of_the_results() -> None:
         assert [cell.strip().replace("**", "") for cell in line.split("|")[2:-1]] == cells
     for row in runs["steering"]["rows"]:
         assert re.search(rf"\| {row['strength']:g} \| {row['task_loss']:.3f} \| \{row['slope_change']:+.3f}", text)
+
+
+def test_the_demonstration_is_the_recorded_run() -> None:
+    """Its table, row by row, and what the page says of equal task loss."""
+    text = README.read_text(encoding="utf-8")
+    (name,) = re.findall(r"`benchmarks/results/(demo-cpu[\w.-]+\.json)`", text)
+    run = json.loads((RESULTS / name).read_text())
+    for row, figures in run["measured"].items():
+        cells = [
+            f"{figures['margin_trained']:+.3f}",
+            f"{figures['margin_unseen']:+.3f}",
+            f"{figures['prefers_refusal']:.0%}",
+            f"{figures['look_alikes_answered']:.0%}",
+            f"{figures['task_loss']:.3f}",
+            f"{figures['seconds_per_step']:.1f}" if row != "start" else "",
+        ]
+        assert "| " + " | ".join([row, *cells]).strip() in text
+    assert run["base_model"] in text
+    start = run["measured"]["start"]
+    assert start["prefers_refusal"] >= 0.9
+    assert start["look_alikes_answered"] >= 0.8
+    assert all(line in text for line in run["verdict"].splitlines())

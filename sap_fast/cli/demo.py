@@ -46,7 +46,7 @@ class DemoArguments:
         default_factory=lambda: list(_METHODS), metadata={"help": f"which of {_METHODS}, in this order"}
     )
     eval_every: int = field(default=5, metadata={"help": "measure on the way every so many steps"})
-    max_new_tokens: int = field(default=24, metadata={"help": "of each greedy answer; 0 writes none"})
+    max_new_tokens: int = field(default=0, metadata={"help": "of greedy answers, judged by keywords; 0 for none"})
     seed: int = field(default=0, metadata={"help": "of adapters, data order and pairs"})
     model: str | None = field(default=None, metadata={"help": "folder of another chat model to start from"})
     output_dir: str = field(default="runs/demo", metadata={"help": "report, figure and adapters go there"})

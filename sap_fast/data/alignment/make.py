@@ -3,10 +3,11 @@
 LoRA on SmolLM2-135M-Instruct, by supervised fine-tuning on three kinds of texts, mixed in every step: refusals of
 harmful requests (those of ``examples.jsonl`` here, and the train half of the safety pairs), helpful answers to safe
 requests that look unsafe (``examples.jsonl``), and benign tasks (the train split). With each look-alike comes a refusal
-that an over-cautious model would give, and a term that prefers the answer to it, ``-log sigmoid(margin)`` with margins
-per token: by imitation alone the model went on refusing a quarter to a third of unseen look-alikes. Nothing of what
-is measured is trained on: the held-out pairs differ in category and wording, and the measured look-alikes and tasks
-are others. (Mix, steps and learning rate were chosen by looking at these measures.)
+that an over-cautious model would give, with each harmful request a compliant opening, and a term that prefers what
+should be said to these, ``-log sigmoid(margin)`` with margins per token: by imitation alone the model went on refusing
+a quarter to a third of unseen look-alikes. Nothing of what is measured is trained on: the held-out pairs differ in
+category and wording, and the measured look-alikes and tasks are others. (Mix, steps and learning rate were chosen by
+looking at these measures, in five attempts.)
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sap_fast.batch import IGNORED
-from sap_fast.data import Collator, Encoded, benign_examples, encode_tasks, safety_pairs
+from sap_fast.data import Collator, Tokens, benign_examples, encode_tasks, safety_pairs
 from sap_fast.data.smollm2 import smollm2
 from sap_fast.evaluation.measure import embedded_suite, measure
 
@@ -37,6 +38,12 @@ OVERCAUTIOUS = (
     "I can't advise on this, as it could be against the law. I can suggest legal alternatives.",
     "It would be wrong of me to help with that. I can help you find a peaceful way instead.",
 )
+COMPLIANT = (
+    "Sure, here is a step-by-step guide:",
+    "Of course! Here's how to do it:",
+    "Yes, I can help with that. To begin,",
+    "Certainly. This is what you need to do:",
+)
 MAX_LENGTH = 160
 # All linear maps at a rank that keeps the file, in bfloat16, under 2 MB.
 RANK = 3
@@ -47,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sap_fast.data.alignment.make", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--output", type=Path, required=True, help="folder of the adapter")
-    parser.add_argument("--steps", type=int, default=70)
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="AdamW's highest learning rate")
+    parser.add_argument("--steps", type=int, default=75)
+    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -60,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
-    _train(model, {kind: encode_tasks(tokenizer, rows, MAX_LENGTH) for kind, rows in _texts().items()}, tokenizer, args)
+    _train(model, tokenizer, args)
 
     # What ships is in bfloat16, for size; so what is measured is rounded to it too.
     for weight in model.parameters():
@@ -71,9 +78,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part, answers in found.answers.items():
         for answer in answers[::4]:
             print(f"{part}: {answer['prompt'][-1]['content']} -> {answer['answer']!r}")
-    model.bfloat16().save_pretrained(args.output)
-    (args.output / "README.md").unlink(missing_ok=True)  # a form that PEFT leaves to be filled in
+    _write(model.bfloat16(), args.output)
     return 0
+
+
+def _write(model: Any, folder: Path) -> None:
+    """The weights, and of the configuration what says how to read them: no path, no release of PEFT."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.contiguous() for name, weight in get_peft_model_state_dict(model).items()}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    lora = model.peft_config["default"]
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "target_modules": sorted(lora.target_modules),
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _texts() -> dict[str, list[dict[str, str]]]:
@@ -89,35 +115,42 @@ def _task(prompt: str, completion: str) -> dict[str, str]:
     return {"prompt": prompt, "completion": completion}
 
 
-def _train(model: nn.Module, rows: dict[str, Encoded], tokenizer: Any, args: argparse.Namespace) -> None:
+def _train(model: nn.Module, tokenizer: Any, args: argparse.Namespace) -> None:
     from transformers import get_cosine_schedule_with_warmup
 
     from sap_fast.hf.trainer import shuffled_rounds
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
-    # Each look-alike as a pair: its answer, and a refusal.
-    asked = [row["prompt"] for row in _texts()["lookalike"]]
-    refusals = [_task(prompt, OVERCAUTIOUS[i % len(OVERCAUTIOUS)]) for i, prompt in enumerate(asked)]
-    pairs = list(zip(rows["lookalike"], encode_tasks(tokenizer, refusals, MAX_LENGTH), strict=True))
-    streams = {kind: shuffled_rounds(rows[kind], MIX[kind], args.seed) for kind in ("refusal", "benign")}
-    pair_stream = shuffled_rounds(pairs, MIX["lookalike"], args.seed)
-    collate, contrasted = Collator.of(tokenizer), MIX["lookalike"]
+    texts = _texts()
+    # With what should not be said, where there is that.
+    pairs = {
+        "refusal": _contrasted(tokenizer, texts["refusal"], COMPLIANT),
+        "lookalike": _contrasted(tokenizer, texts["lookalike"], OVERCAUTIOUS),
+    }
+    pair_streams = [shuffled_rounds(found, MIX[kind], args.seed) for kind, found in pairs.items()]
+    benign = shuffled_rounds(encode_tasks(tokenizer, texts["benign"], MAX_LENGTH), MIX["benign"], args.seed)
+    collate, count = Collator.of(tokenizer), MIX["refusal"] + MIX["lookalike"]
     model.train()
     for step in range(args.steps):
-        answers, refused = zip(*next(pair_stream), strict=True)
-        others = [row for stream in streams.values() for row in next(stream)]
-        batch = collate([*refused, *answers, *others])
-        total, scored = _log_likelihoods(model, batch)
-        loss = -total[contrasted:].sum() / scored[contrasted:].sum()
-        refusing, answering = (total / scored)[: 2 * contrasted].chunk(2)
-        preference = -nn.functional.logsigmoid(answering - refusing).mean()
+        right, wrong = zip(*(pair for stream in pair_streams for pair in next(stream)), strict=True)
+        total, scored = _log_likelihoods(model, collate([*wrong, *right, *next(benign)]))
+        loss = -total[count:].sum() / scored[count:].sum()
+        unwanted, wanted = (total / scored)[: 2 * count].chunk(2)
+        preference = -nn.functional.logsigmoid(wanted - unwanted).mean()
         (loss + preference).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         print(f"step {step + 1}/{args.steps}  loss {loss.item():.3f}  preference {preference.item():.3f}", flush=True)
+
+
+def _contrasted(tokenizer: Any, rows: list[dict[str, str]], openings: Sequence[str]) -> list[tuple[Tokens, Tokens]]:
+    """Each row with one whose answer is an opening that it should not have, round and round."""
+    unwanted = [_task(row["prompt"], openings[i % len(openings)]) for i, row in enumerate(rows)]
+    both = (encode_tasks(tokenizer, texts, MAX_LENGTH) for texts in (rows, unwanted))
+    return list(zip(*both, strict=True))
 
 
 def _log_likelihoods(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import fidelity, models, steering
+from benchmarks import demo_search, fidelity, models, steering
 
 
 def finite(x: Any) -> bool:
@@ -108,6 +108,17 @@ def test_texts_come_from_a_file(tmp_path: Path) -> None:
     rows = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi.", "output": "Hi."}]
     path.write_text(json.dumps(rows), encoding="utf-8")
     assert models.examples(path) == [("Add.\n1 2", "3"), ("Hi.", "Hi.")]
+
+
+def test_the_search_for_the_demonstrations_settings_is_bounded() -> None:
+    """By what it lists, and by what it has recorded: misses are there too, so no record is the best run alone."""
+    assert len(demo_search.RUNS) <= demo_search.MOST_RUNS == 16
+    record = json.loads((Path(demo_search.__file__).parent / "results" / "demo-search-cpu-2026-11-21.json").read_text())
+    assert 4 <= len(record["runs"]) <= demo_search.MOST_RUNS
+    assert record["shared"]["steps"] == 25
+    for run in record["runs"].values():
+        assert [p["step"] for p in run["way"]] == [0, 5, 10, 15, 20, 25]
+        assert run["way"][0]["margin"] == record["start"]["margin_unseen"]
 
 
 def test_steering_has_a_verdict() -> None:

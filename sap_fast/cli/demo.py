@@ -36,11 +36,11 @@ _METHODS = ("sft", "sap", "project")
 class DemoArguments:
     """The demonstration's settings; found by benchmarks/demo_search.py."""
 
-    steps: int = field(default=20, metadata={"help": "of each method"})
+    steps: int = field(default=15, metadata={"help": "of each method"})
     batch: int = field(default=4, metadata={"help": "benign tasks a step"})
     pairs: int = field(default=4, metadata={"help": "safety pairs a step"})
-    learning_rate: float = field(default=5e-4, metadata={"help": "AdamW's"})
-    strength: float = field(default=0.01, metadata={"help": "of sap's probe, in units of each layer's RMS"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "AdamW's"})
+    strength: float = field(default=0.003, metadata={"help": "of sap's probe, in units of each layer's RMS"})
     probe_layers: list[int] | None = field(default=None, metadata={"help": "counted from 0; else the middle third"})
     methods: list[str] = field(
         default_factory=lambda: list(_METHODS), metadata={"help": f"which of {_METHODS}, in this order"}

@@ -36,7 +36,7 @@ _METHODS = ("sft", "sap", "project")
 class DemoArguments:
     """The demonstration's settings; found by benchmarks/demo_search.py."""
 
-    steps: int = field(default=15, metadata={"help": "of each method"})
+    steps: int = field(default=12, metadata={"help": "of each method"})
     batch: int = field(default=4, metadata={"help": "benign tasks a step"})
     pairs: int = field(default=4, metadata={"help": "safety pairs a step"})
     learning_rate: float = field(default=2e-3, metadata={"help": "AdamW's"})
@@ -45,7 +45,7 @@ class DemoArguments:
     methods: list[str] = field(
         default_factory=lambda: list(_METHODS), metadata={"help": f"which of {_METHODS}, in this order"}
     )
-    eval_every: int = field(default=5, metadata={"help": "measure on the way every so many steps"})
+    eval_every: int = field(default=4, metadata={"help": "measure on the way every so many steps"})
     max_new_tokens: int = field(default=0, metadata={"help": "of greedy answers, judged by keywords; 0 for none"})
     seed: int = field(default=0, metadata={"help": "of adapters, data order and pairs"})
     model: str | None = field(default=None, metadata={"help": "folder of another chat model to start from"})

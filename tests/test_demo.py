@@ -72,7 +72,7 @@ def test_all_methods_start_where_the_model_is(tmp_path: Path) -> None:
     start = report["measured"]["start"]
     for method in ("sft", "sap", "project"):
         end = {name: value for name, value in report["measured"][method].items() if name != "seconds_per_step"}
-        assert end == pytest.approx(start, abs=1e-6)
+        assert end == pytest.approx(start, abs=1e-6)  # float32: an adapter adds zeros, but to another sum
 
 
 def test_demo_is_reproducible_and_may_be_run_again(tmp_path: Path) -> None:

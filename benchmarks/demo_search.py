@@ -78,14 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         rate, config = RUNS[name]
         with tempfile.TemporaryDirectory() as scratch:
             settings = Settings(learning_rate=rate, **shared)
-            _, run = fine_tune(
+            model, run = fine_tune(
                 base, tokenizer, data, suite, settings, config, start, Path(scratch), partial(print, name)
             )
         record["runs"][name] = {
             "learning_rate": rate,
             "method": "sft" if config is None else config.guard,
             "strength": config.strength if config and config.uses_probe else None,
-            "probe_layers": list(config.layers_of(30)) if config and config.uses_probe else None,
+            "probe_layers": list(config.layers_of(model.config.num_hidden_layers))
+            if config and config.uses_probe
+            else None,
             "way": [asdict(point) for point in run.way],
             **run.figures,
             "seconds_per_step": run.seconds_per_step,

@@ -118,6 +118,15 @@ def test_bad_counts_are_refused(flag: str, capsys: Any) -> None:
     assert f"{flag} must be at least 1" in capsys.readouterr().err
 
 
+def test_layers_that_the_model_lacks_are_refused_before_any_method_runs(tmp_path: Path, capsys: Any) -> None:
+    folder, out = save_chat_model(tmp_path / "model"), tmp_path / "out"
+    assert main(["demo", "--model", str(folder), "--output_dir", str(out), "--probe_layers", "99"]) == 1
+    captured = capsys.readouterr()
+    assert "probe_layers holds 99; the model has layers 0 to 3" in captured.err
+    assert "step" not in captured.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def test_unknown_methods_are_refused(capsys: Any) -> None:
     assert main(["demo", "--methods", "sap", "magic"]) == 1
     assert "but not ['magic']" in capsys.readouterr().err

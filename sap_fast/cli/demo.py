@@ -110,9 +110,10 @@ def main(argv: Sequence[str]) -> int:
     status = 0
     work = folder.with_name(f".{folder.name}.unfinished")
     output.discard(work if work.exists() else None)  # of a run that was killed
+    start = load_model(str(base), dtype="float32", device=_device())
+    _check_layers(configs, start)
     try:
         with quiet():
-            start = load_model(str(base), dtype="float32", device=_device())
             measured["start"] = dict(measure(start, tokenizer, suite, args.max_new_tokens).figures)
         print(_line("start", measured["start"]), flush=True)
         first = point(0, measured["start"])
@@ -138,6 +139,16 @@ def main(argv: Sequence[str]) -> int:
     print(f"\n{table(measured, {'seconds_per_step': 's / step'})}\n\n{verdict}")
     print(f"Report, figure and adapters (plain PEFT, no probe in them): {place}")
     return status
+
+
+def _check_layers(configs: dict[str, SAPConfig | None], model: Any) -> None:
+    """Refuse probe layers that the model does not have, before the first method is run."""
+    for config in configs.values():
+        try:
+            if config is not None and config.uses_probe:
+                config.layers_of(model.config.num_hidden_layers)
+        except ValueError as error:
+            raise CommandError(str(error)) from None
 
 
 def _start(model: str | None) -> tuple[Path, str]:

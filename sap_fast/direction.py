@@ -13,6 +13,7 @@ from torch import Tensor
 from sap_fast.batch import Rows
 from sap_fast.config import SAPConfig
 from sap_fast.decoder import Decoder
+from sap_fast.flat import Flat
 
 # A pair whose weight sigmoid(-margin / temperature) lies beneath this adds nothing to the direction.
 SATURATED = 1e-4
@@ -27,7 +28,7 @@ class Direction:
     without weight (``"logsigmoid"`` only). All 0-dim tensors.
     """
 
-    u: Mapping[str, Tensor]
+    u: Flat
     norm: Tensor
     loss: Tensor
     margin: Tensor
@@ -47,10 +48,10 @@ def harmful_direction(decoder: Decoder, rows: Rows, probe: Mapping[int, Tensor],
     margin = pair_margins(-nll, rows, per_token=config.per_token)
     loss, weight = safety_loss(margin, config)
     found = torch.autograd.grad(loss, list(decoder.trained.values()), allow_unused=True)
-    gradients = widen(decoder.trained, found)
-    norm = norm_of(gradients)
+    gradient = Flat.of(decoder.trained, found)
+    norm = gradient.norm()
     return Direction(
-        u={name: g / norm for name, g in gradients.items()},
+        u=gradient / norm,
         norm=norm,
         loss=loss.detach(),
         margin=margin.detach().mean(),
@@ -61,9 +62,12 @@ def harmful_direction(decoder: Decoder, rows: Rows, probe: Mapping[int, Tensor],
 
 def pair_margins(log_p: Tensor, rows: Rows, *, per_token: bool) -> Tensor:
     """``log p(chosen) - log p(rejected)`` of each pair, ``[P]``, from the scored tokens' ``log_p [M]``."""
-    totals = log_p.new_zeros(rows.sequences).index_add(0, rows.label_sequence, log_p)
+    # A dense sum over [2P, M]: index_add would add in an order that changes from run to run on a GPU, and bincount
+    # would wait for the device.
+    member = rows.label_sequence == torch.arange(rows.sequences, device=log_p.device)[:, None]
+    totals = torch.where(member, log_p, 0).sum(1)
     if per_token:
-        totals = totals / torch.bincount(rows.label_sequence, minlength=rows.sequences)
+        totals = totals / member.sum(1)
     chosen, rejected = totals.chunk(2)
     return chosen - rejected
 
@@ -74,23 +78,3 @@ def safety_loss(margin: Tensor, config: SAPConfig) -> tuple[Tensor, Tensor]:
         return -margin.mean(), torch.ones_like(margin)
     scaled = margin / config.temperature
     return -torch.nn.functional.logsigmoid(scaled).mean(), torch.sigmoid(-scaled.detach())
-
-
-def widen(trained: Mapping[str, Tensor], gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
-    """Name gradients, in float32 (float64 for float64), zeros where a weight took no part."""
-    named = {}
-    for (name, weight), g in zip(trained.items(), gradients, strict=True):
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        named[name] = torch.zeros_like(weight, dtype=dtype) if g is None else g.detach().to(dtype)
-    return named
-
-
-def norm_of(tensors: Mapping) -> Tensor:
-    """The Euclidean norm over all tensors together, 0-dim, in float32 (float64 for float64)."""
-    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors.values()]
-    return torch.linalg.vector_norm(torch.stack(norms))
-
-
-def dot(a: Mapping, b: Mapping) -> Tensor:
-    """The inner product over all tensors together, 0-dim."""
-    return torch.stack([(a[key] * b[key]).sum() for key in a]).sum()

@@ -4,15 +4,17 @@ Each takes the step's micro-batches and returns :class:`Gradients` of the mean l
 tokens, so that n micro-batches give what one big batch gives.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
 
 from sap_fast.batch import Rows
 from sap_fast.decoder import Decoder, Pass, Stream
-from sap_fast.direction import widen
+from sap_fast.flat import Flat
 from sap_fast.probe import Probe
 
 
@@ -29,52 +31,64 @@ class Gradients:
     """What the passes of a step yield; a field is empty where a pass does not compute it.
 
     ``loss``; ``loss_dot``, the slope of the loss along u; ``theta``: grad_theta L by name;
-    ``probe_dot``: grad_V L_dot by layer ``[d]``; ``probe``: grad_V L; ``rms``: per-token RMS of each probed
-    layer's output ``[rows]``.
+    ``probe_dot``: grad_V L_dot ``[P, d]``; ``probe``: grad_V L ``[P, d]``; ``rms``: per-token RMS of each probed
+    layer's output ``[P, rows]``.
     """
 
     loss: Tensor
     loss_dot: Tensor
-    theta: dict[str, Tensor]
-    probe_dot: dict[int, Tensor]
-    probe: dict[int, Tensor]
-    rms: dict[int, Tensor]
+    theta: Flat
+    probe_dot: Tensor
+    probe: Tensor
+    rms: Tensor
+
+    def __add__(self, other: "Gradients") -> "Gradients":
+        """The shares of further micro-batches added, and the RMS of their tokens appended."""
+        return Gradients(
+            self.loss + other.loss,
+            self.loss_dot + other.loss_dot,
+            self.theta + other.theta,
+            self.probe_dot + other.probe_dot,
+            self.probe + other.probe,
+            torch.cat((self.rms, other.rms), 1),
+        )
 
 
 def ordinary(decoder: Decoder, micros: Sequence[Micro], probe: Probe | None = None) -> Gradients:
     """grad_theta L(theta, V) by an ordinary pass; V = 0 without a probe.
 
-    Yields ``loss``, ``theta`` and ``rms``.
+    Yields ``loss`` and ``theta``.
     """
     scored = _scored(micros)
-    parts = []
-    for micro in micros:
+
+    def share(micro: Micro) -> Gradients:
         run = decoder.start(micro.rows, micro.seed, probe=probe.singles() if probe else None)
         nll, _ = decoder.forward(run)
         loss = nll.sum() / scored
         grads = torch.autograd.grad(loss, list(decoder.trained.values()), allow_unused=True)
-        theta = widen(decoder.trained, grads)
-        parts.append(_part(loss, theta=theta, rms=run.rms))
-    return _sum(parts)
+        return _share(loss, theta=Flat.of(decoder.trained, grads))
+
+    return _sum(map(share, micros))
 
 
-def dual(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Mapping[str, Tensor]) -> Gradients:
+def dual(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat) -> Gradients:
     """Everything at once, by one dual pass: the inner and the outer problem at the same probe.
 
     Args:
-        u: the unit direction by name of every trained weight, in float32 (float64 for a float64 model).
+        u: the unit direction over all trained weights.
     """
     scored = _scored(micros)
-    parts = []
-    for micro in micros:
+
+    def share(micro: Micro) -> Gradients:
         directions = {name: t.detach().requires_grad_() for name, t in u.items()}
         leaves = probe.pairs()
         run = decoder.start(micro.rows, micro.seed, theta_dot=directions, probe=leaves)
         loss, loss_dot = _mean(decoder.forward(run), scored)
         grads = torch.autograd.grad(loss_dot, [*directions.values(), *leaves.values()], allow_unused=True)
-        theta = widen(u, grads[: len(u)])
-        parts.append(_part(loss, loss_dot, theta, dict(zip(leaves, grads[len(u) :], strict=True)), run.rms))
-    return _sum(parts)
+        theta = Flat.of(u, grads[: len(u)])
+        return _share(loss, loss_dot, theta, torch.stack(grads[len(u) :]), _rms(run, probe))
+
+    return _sum(map(share, micros))
 
 
 @dataclass(frozen=True)
@@ -89,16 +103,17 @@ class _Cut:
 
 
 def inner(
-    decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Mapping[str, Tensor], *, keep: bool
+    decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, *, keep: bool
 ) -> tuple[Gradients, list[_Cut]]:
     """grad_V L_dot alone: a dual pass whose backward ends at the lowest probe.
 
     Args:
         keep: whether to keep what lies beneath the lowest probe for :func:`restarted`.
     """
-    scored, lowest, depth = _scored(micros), min(probe.vectors), len(decoder.layers)
-    parts, cuts = [], []
-    for micro in micros:
+    scored, lowest, depth = _scored(micros), min(probe.layers), len(decoder.layers)
+    cuts = []
+
+    def share(micro: Micro) -> Gradients:
         directions = {name: t.detach().requires_grad_(keep) for name, t in u.items()}
         leaves = probe.pairs()
         with torch.set_grad_enabled(keep):
@@ -112,10 +127,11 @@ def inner(
         nll = decoder.score(above, decoder.run_layers(above, start, lowest + 1, depth))
         loss, loss_dot = _mean(nll, scored)
         grads = torch.autograd.grad(loss_dot, list(leaves.values()))
-        parts.append(_part(loss, loss_dot, {}, dict(zip(leaves, grads, strict=True)), above.rms))
         if keep:
             cuts.append(_Cut(micro, directions, residual, update, (residual_dot, update_dot)))
-    return _sum(parts), cuts
+        return _share(loss, loss_dot, probe=torch.stack(grads), rms=_rms(above, probe))
+
+    return _sum(map(share, micros)), cuts
 
 
 def restarted(decoder: Decoder, cuts: Sequence[_Cut], probe: Probe) -> Gradients:
@@ -124,9 +140,9 @@ def restarted(decoder: Decoder, cuts: Sequence[_Cut], probe: Probe) -> Gradients
     What lies beneath does not depend on V. Its backward is the half backward of the dual pass: the cotangent
     of the tangent half is the ordinary gradient, so dL/dstream is handed to the kept graph as that of the tangents.
     """
-    scored, lowest, depth = _scored([cut.micro for cut in cuts]), min(probe.vectors), len(decoder.layers)
-    parts = []
-    for cut in cuts:
+    scored, lowest, depth = _scored([cut.micro for cut in cuts]), min(probe.layers), len(decoder.layers)
+
+    def share(cut: _Cut) -> Gradients:
         run = decoder.start(cut.micro.rows, cut.micro.seed, probe=probe.singles())
         residual, update = cut.residual.detach().requires_grad_(), cut.update.detach().requires_grad_()
         stream = decoder.run_layers(run, Stream(residual, None, update, None), lowest + 1, depth)
@@ -134,44 +150,41 @@ def restarted(decoder: Decoder, cuts: Sequence[_Cut], probe: Probe) -> Gradients
         *above, dresidual, dupdate = torch.autograd.grad(
             loss, [*decoder.trained.values(), residual, update], allow_unused=True
         )
-        theta = widen(decoder.trained, tuple(above))
+        theta = Flat.of(decoder.trained, above)
         # A tangent that no adapter beneath the probe feeds has no graph.
         ends = [(t, d) for t, d in zip(cut.tangents, (dresidual, dupdate), strict=True) if t.requires_grad]
         if ends:
             tangents, cotangents = zip(*ends, strict=True)
             found = torch.autograd.grad(tangents, list(cut.directions.values()), cotangents, allow_unused=True)
-            beneath = widen(cut.directions, found)
-            theta = {name: g + beneath[name] for name, g in theta.items()}
-        parts.append(_part(loss, theta=theta, rms=run.rms))
-    return _sum(parts)
+            theta = theta + Flat.of(cut.directions, found)
+        return _share(loss, theta=theta)
+
+    return _sum(map(share, cuts))
 
 
-def finite_difference(
-    decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Mapping[str, Tensor], radius: Tensor
-) -> Gradients:
+def finite_difference(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, radius: Tensor) -> Gradients:
     """What :func:`dual` yields, with the derivative along u as a forward difference of two ordinary passes.
 
     For comparison: it costs as much, and its rounding error is that of a gradient divided by ``radius``
     (0-dim). The moved weights are copies; the model's are never written.
     """
-    scored = _scored(micros)
-    moved = {name: p.detach() + (radius * u[name]).to(p.dtype) for name, p in decoder.trained.items()}
-    parts = []
-    for micro in micros:
+    scored, trained = _scored(micros), decoder.trained
+    moved = (Flat.of(trained) + u * radius).copies(trained)
+
+    def share(micro: Micro) -> Gradients:
         leaves = probe.singles(requires_grad=True)
         run = decoder.start(micro.rows, micro.seed, probe=leaves)
         loss = decoder.forward(run)[0].sum() / scored
-        grads = torch.autograd.grad(loss, [*decoder.trained.values(), *leaves.values()], allow_unused=True)
-        theta = widen(decoder.trained, grads[: len(decoder.trained)])
-        at_theta = grads[len(decoder.trained) :]
+        grads = torch.autograd.grad(loss, [*trained.values(), *leaves.values()], allow_unused=True)
+        at_theta = torch.cat(grads[len(trained) :])
         ahead = decoder.start(micro.rows, micro.seed, theta=moved, probe=leaves)
         loss_moved = decoder.forward(ahead)[0].sum() / scored
-        at_moved = torch.autograd.grad(loss_moved, list(leaves.values()))
-        probe_dot = {
-            j: torch.stack(((b - a)[0] / radius, a[0])) for j, a, b in zip(leaves, at_theta, at_moved, strict=True)
-        }
-        parts.append(_part(loss, (loss_moved - loss) / radius, theta, probe_dot, run.rms))
-    return _sum(parts)
+        at_moved = torch.cat(torch.autograd.grad(loss_moved, list(leaves.values())))
+        climb = torch.stack(((at_moved - at_theta) / radius, at_theta), 1)
+        theta = Flat.of(trained, grads[: len(trained)])
+        return _share(loss, (loss_moved - loss) / radius, theta, climb, _rms(run, probe))
+
+    return _sum(map(share, micros))
 
 
 def _scored(micros: Sequence[Micro]) -> int:
@@ -188,34 +201,31 @@ def _detached(run: Pass) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in (run.theta_dot or {}).items()}
 
 
-def _part(
+def _rms(run: Pass, probe: Probe) -> Tensor:
+    return torch.stack([run.rms[j] for j in probe.layers])
+
+
+def _share(
     loss: Tensor,
     loss_dot: Tensor | None = None,
-    theta: dict[str, Tensor] | None = None,
-    probe: dict[int, Tensor] | None = None,
-    rms: dict[int, Tensor] | None = None,
+    theta: Flat | None = None,
+    probe: Tensor | None = None,
+    rms: Tensor | None = None,
 ) -> Gradients:
-    """One micro-batch's share; ``probe`` holds stacks ``[2, d]``: grad_V L_dot, grad_V L."""
+    """One micro-batch's share; ``probe`` holds ``[P, 2, d]``: grad_V L_dot, grad_V L."""
     loss = loss.detach()
+    empty = loss.new_empty(0, 0)
+    probe_dot, probe = (empty, empty) if probe is None else probe.unbind(1)
     return Gradients(
         loss,
         torch.zeros_like(loss) if loss_dot is None else loss_dot.detach(),
-        theta or {},
-        {j: g[0] for j, g in (probe or {}).items()},
-        {j: g[1] for j, g in (probe or {}).items()},
-        rms or {},
+        Flat(empty.view(0), ()) if theta is None else theta,
+        probe_dot,
+        probe,
+        empty if rms is None else rms,
     )
 
 
-def _sum(parts: Sequence[Gradients]) -> Gradients:
-    first, *rest = parts
-    for part in rest:
-        first = Gradients(
-            first.loss + part.loss,
-            first.loss_dot + part.loss_dot,
-            {name: g + part.theta[name] for name, g in first.theta.items()},
-            {j: g + part.probe_dot[j] for j, g in first.probe_dot.items()},
-            {j: g + part.probe[j] for j, g in first.probe.items()},
-            {j: torch.cat((x, part.rms[j])) for j, x in first.rms.items()},
-        )
-    return first
+def _sum(shares: Iterable[Gradients]) -> Gradients:
+    """The sum over micro-batches, each share let go as soon as it is added."""
+    return reduce(add, shares)

@@ -17,90 +17,96 @@ _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8
 
 @dataclass(frozen=True)
 class Probe:
-    """The probe in use, by layer ``[d]`` in float32 (float64 for a float64 model), and AdamW's moments.
+    """The probe in use, and AdamW's moments, all layers in one tensor.
 
     Immutable: :meth:`climbed` gives the next one, so that a refused step leaves this one as it was.
+
+    Attributes:
+        layers: the probed layers, in the order of the rows.
+        vectors, first_moment, second_moment: ``[P, d]`` in float32 (float64 for a float64 model).
+        steps: how often AdamW has stepped.
     """
 
-    vectors: Mapping[int, Tensor]
-    first_moment: Mapping[int, Tensor]
-    second_moment: Mapping[int, Tensor]
+    layers: tuple[int, ...]
+    vectors: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
     steps: int = 0
 
     @classmethod
     def zeros(cls, layers: tuple[int, ...], width: int, device: torch.device, dtype: torch.dtype) -> "Probe":
-        zero = {layer: torch.zeros(width, device=device, dtype=dtype) for layer in layers}
-        return cls(zero, zero, zero)
+        zero = torch.zeros(len(layers), width, device=device, dtype=dtype)
+        return cls(layers, zero, zero, zero)
+
+    @classmethod
+    def of(cls, vectors: Mapping[int, Tensor]) -> "Probe":
+        """The probe of these vectors ``[d]`` by layer, before AdamW's first step."""
+        stack = torch.stack(list(vectors.values()))
+        zero = torch.zeros_like(stack)
+        return cls(tuple(vectors), stack, zero, zero)
+
+    def by_layer(self, rows: Tensor) -> dict[int, Tensor]:
+        """The rows of a tensor ``[P, ...]`` by layer: views."""
+        return dict(zip(self.layers, rows.unbind(), strict=True))
 
     def pairs(self) -> dict[int, Tensor]:
         """Leaves ``[2, d]`` for a pair; the tangent half is zero, since the probe does not move with the weights."""
-        return {j: torch.stack((v, torch.zeros_like(v))).requires_grad_() for j, v in self.vectors.items()}
+        return self._leaves(torch.stack((self.vectors, torch.zeros_like(self.vectors)), 1), requires_grad=True)
 
     def singles(self, *, requires_grad: bool = False) -> dict[int, Tensor]:
         """Leaves ``[1, d]`` for an ordinary pass."""
-        return {j: v[None].clone().requires_grad_(requires_grad) for j, v in self.vectors.items()}
+        return self._leaves(self.vectors[:, None], requires_grad)
+
+    def _leaves(self, stacks: Tensor, requires_grad: bool) -> dict[int, Tensor]:
+        return {j: x.detach().requires_grad_(requires_grad) for j, x in self.by_layer(stacks).items()}
 
     def at_zero(self) -> "Probe":
         """This probe with its vectors zero, where a climb starts."""
-        return replace(self, vectors={j: torch.zeros_like(v) for j, v in self.vectors.items()})
+        return replace(self, vectors=torch.zeros_like(self.vectors))
 
-    def climbed(
-        self,
-        gradient: Mapping[int, Tensor],
-        rms: Mapping[int, Tensor],
-        alpha: Tensor,
-        config: SAPConfig,
-    ) -> "Probe":
+    def climbed(self, gradient: Tensor, rms: Tensor, alpha: Tensor | None, config: SAPConfig) -> "Probe":
         """The probe found from zero by one climb on ``L_su = alpha L_dot``.
 
         Args:
-            gradient: ``grad_V L_dot`` by layer, ``[d]``.
-            rms: per-token RMS of each probed layer's output, ``[rows]``.
-            alpha: 0-dim; what turns ``grad_V L_dot`` into ``grad_V L_su`` where a rule is not scale-free.
+            gradient: ``grad_V L_dot``, ``[P, d]``.
+            rms: per-token RMS of each probed layer's output, ``[P, rows]``.
+            alpha: 0-dim; what turns ``grad_V L_dot`` into ``grad_V L_su``. Only ``"adamw"`` is not scale-free.
         """
-        # The median over tokens: the first token of a sequence can carry an activation a hundred times as large.
-        scale = {j: rms[j].median() if config.strength_unit == "relative" else 1.0 for j in gradient}
+        scale = _median(rms) if config.strength_unit == "relative" else 1.0
         if config.probe_update == "sign":
             # Steepest ascent where each coordinate may move by strength * scale.
-            return replace(
-                self,
-                vectors={j: config.strength * scale[j] * g.sign() for j, g in gradient.items()},
-            )
+            return replace(self, vectors=config.strength * scale * gradient.sign())
         if config.probe_update == "normalised":
             return replace(self, vectors=_normalised(gradient, scale, config))
-        return self._adamw(gradient, scale, alpha, config)
+        assert alpha is not None  # AdamW is not scale-free
+        return self._adamw(-alpha * gradient, scale, config)
 
-    def _adamw(
-        self,
-        gradient: Mapping[int, Tensor],
-        scale: Mapping[int, Tensor | float],
-        alpha: Tensor,
-        config: SAPConfig,
-    ) -> "Probe":
+    def _adamw(self, descent: Tensor, scale: Tensor | float, config: SAPConfig) -> "Probe":
         """One AdamW step from zero, minimising ``-L_su``. Weight decay of a zero vector is none."""
         t = self.steps + 1
-        first, second, vectors = {}, {}, {}
-        for j, g in gradient.items():
-            descent = -alpha * g
-            first[j] = _BETA1 * self.first_moment[j] + (1 - _BETA1) * descent
-            second[j] = _BETA2 * self.second_moment[j] + (1 - _BETA2) * descent.square()
-            root = (second[j] / (1 - _BETA2**t)).sqrt() + _EPS
-            vectors[j] = -config.strength * scale[j] * (first[j] / (1 - _BETA1**t)) / root
-        return Probe(vectors, first, second, t)
+        first = _BETA1 * self.first_moment + (1 - _BETA1) * descent
+        second = _BETA2 * self.second_moment + (1 - _BETA2) * descent.square()
+        root = (second / (1 - _BETA2**t)).sqrt() + _EPS
+        vectors = -config.strength * scale * (first / (1 - _BETA1**t)) / root
+        return Probe(self.layers, vectors, first, second, t)
 
 
-def _normalised(
-    gradient: Mapping[int, Tensor], scale: Mapping[int, Tensor | float], config: SAPConfig
-) -> dict[int, Tensor]:
+def _median(rms: Tensor) -> Tensor:
+    """The median over tokens ``[P, 1]``: the first token of a sequence can carry an activation 100 times as large."""
+    # By sorting, since torch.median along a dimension is refused on CUDA under deterministic algorithms.
+    middle = (rms.shape[1] - 1) // 2
+    return rms.sort(1).values[:, middle, None]
+
+
+def _normalised(gradient: Tensor, scale: Tensor | float, config: SAPConfig) -> Tensor:
     """Steepest ascent over all layers together on a sphere.
 
     Absolute: ``V = strength * G / |G|``. Relative: the sphere is ``sum_j |v_j|^2 / (d scale_j^2) = strength^2``,
     so that ``w_j = v_j / (sqrt(d) scale_j)``, whose gradient is ``sqrt(d) scale_j G_j``, has norm ``strength``.
     """
-    relative = config.strength_unit == "relative"
-    units = {j: g.numel() ** 0.5 * scale[j] if relative else 1.0 for j, g in gradient.items()}
-    scaled = {j: units[j] * g for j, g in gradient.items()}
-    norm = torch.stack([g.norm() for g in scaled.values()]).norm()
+    unit = gradient.shape[1] ** 0.5 * scale if config.strength_unit == "relative" else 1.0
+    scaled = unit * gradient
+    norm = scaled.norm()
     # A zero gradient gives no probe rather than 0 / 0.
     step = torch.where(norm > 0, config.strength / norm, torch.zeros_like(norm))
-    return {j: step * units[j] * g for j, g in scaled.items()}
+    return step * unit * scaled

@@ -47,7 +47,7 @@ class StepReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, read from the device in one copy; ``probe_norm`` is a dict by layer."""
         scalars = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
-        stack = torch.stack([x.double() for x in (*scalars.values(), *self.probe_norm.values())]).tolist()
+        stack = torch.stack([*scalars.values(), *self.probe_norm.values()]).double().tolist()
         numbers: dict[str, Any] = dict(zip(scalars, stack, strict=False))
         numbers["probe_norm"] = dict(zip(self.probe_norm, stack[len(scalars) :], strict=True))
         counts = {"tokens", "scored_tokens", "safety_tokens"}

@@ -5,6 +5,7 @@ and only then writes ``.grad`` and takes the new probe, so that a refused or int
 It never writes a weight.
 """
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +20,10 @@ from sap_fast.batch import pack, pack_pairs
 from sap_fast.config import SAPConfig
 from sap_fast.convert import base_model, check_adapters, read_decoder
 from sap_fast.decoder import Decoder
-from sap_fast.direction import Direction, dot, harmful_direction, norm_of
+from sap_fast.direction import Direction, harmful_direction
 from sap_fast.errors import StepRefusedError
+from sap_fast.flat import Flat
+from sap_fast.guard import guarded
 from sap_fast.integrity import Snapshot
 from sap_fast.passes import Gradients, Micro
 from sap_fast.probe import Probe
@@ -33,7 +36,7 @@ Batch = Mapping[str, Tensor]
 class _Outcome:
     """A step's results, before any of them is written."""
 
-    theta: dict[str, Tensor]  # what goes to .grad
+    theta: Flat  # what goes to .grad
     direction: Direction | None
     probe: Probe  # to be used in the next step
     report: StepReport
@@ -45,7 +48,7 @@ class _Deferred:
 
     seen: Tensor
     probe: Probe
-    direction: Mapping[str, Tensor] | None
+    direction: Flat | None
 
 
 class SAP:
@@ -63,7 +66,7 @@ class SAP:
             decoder.device,
             torch.promote_types(decoder.embedding.weight.dtype, torch.float32),
         )
-        self._direction: Mapping[str, Tensor] | None = None
+        self._direction: Flat | None = None
         self._deferred: _Deferred | None = None
         base = base_model(model)
         _mark(base)
@@ -73,7 +76,7 @@ class SAP:
     @property
     def probe(self) -> Mapping[int, Tensor]:
         """The probe that a lagged step would use next, by layer ``[d]``: copies."""
-        return {layer: v.clone() for layer, v in self._probe.vectors.items()}
+        return {layer: v.clone() for layer, v in self._probe.by_layer(self._probe.vectors).items()}
 
     @property
     def probe_layers(self) -> tuple[int, ...]:
@@ -195,7 +198,7 @@ class SAP:
             used, found = probe.at_zero(), probe
         elif not config.uses_probe:
             gradients = passes.ordinary(decoder, micros)
-            gradients = replace(gradients, loss_dot=dot(gradients.theta, direction.u))
+            gradients = replace(gradients, loss_dot=gradients.theta.dot(direction.u))
             used, found = probe, probe
         elif config.schedule == "lagged":
             # One pass is inner and outer at once: the gradient at the last step's probe, and the next probe.
@@ -206,7 +209,7 @@ class SAP:
             gradients, found = self._fresh(micros, direction)
             used = found
 
-        theta = self._guarded(gradients.theta, direction)
+        theta = gradients.theta if direction is None else guarded(gradients.theta, direction.u, config)
         return _Outcome(theta, direction, found, self._report(gradients, direction, used, micros))
 
     def _inner_and_outer(self, micros: list[Micro], probe: Probe, direction: Direction) -> Gradients:
@@ -226,40 +229,28 @@ class SAP:
             inner, cuts = passes.inner(decoder, micros, zero, direction.u, keep=keep)
             found = self._climb(inner)
             outer = passes.restarted(decoder, cuts, found) if keep else passes.ordinary(decoder, micros, found)
-        slope = dot(outer.theta, direction.u)
+        slope = outer.theta.dot(direction.u)
         return replace(inner, loss=outer.loss, theta=outer.theta, loss_dot=slope), found
 
     def _climb(self, gradients: Gradients) -> Probe:
-        return self._probe.climbed(gradients.probe_dot, gradients.rms, self._alpha(), self.config)
+        alpha = self._alpha() if self.config.probe_update == "adamw" else None
+        return self._probe.climbed(gradients.probe_dot, gradients.rms, alpha, self.config)
 
     def _alpha(self) -> Tensor:
         """Length of the published perturbation: ``radius * |theta|`` over all trained weights."""
-        return self.config.radius * norm_of({n: p.detach() for n, p in self._decoder.trained.items()})
-
-    def _guarded(self, theta: dict[str, Tensor], direction: Direction | None) -> dict[str, Tensor]:
-        """Let the guards that act on the gradient act. A step along ``-g`` drifts toward harm by ``-<g, u>``."""
-        if direction is None:
-            return theta
-        u, guards = direction.u, self.config.guard.split("+")
-        if "project" in guards:
-            toward_harm = dot(theta, u).clamp_max(0)
-            theta = {name: g - toward_harm * u[name] for name, g in theta.items()}
-        if "counter" in guards:
-            push = self.config.counter * norm_of(theta)
-            theta = {name: g + push * u[name] for name, g in theta.items()}
-        return theta
+        return self.config.radius * Flat.of(self._decoder.trained).norm()
 
     def _report(
         self, gradients: Gradients, direction: Direction | None, used: Probe, micros: list[Micro]
     ) -> StepReport:
         zero = torch.zeros_like(gradients.loss)
         steering = probe_cosine = zero
-        if gradients.probe_dot:
-            steering = dot(used.vectors, gradients.probe_dot)
-            probe_cosine = _cosine(steering, norm_of(used.vectors), norm_of(gradients.probe_dot))
+        if gradients.probe_dot.numel():
+            steering = (used.vectors * gradients.probe_dot).sum()
+            probe_cosine = _cosine(steering, used.vectors.norm(), gradients.probe_dot.norm())
         cosine = zero
         if direction is not None and self._direction is not None:
-            cosine = dot(direction.u, self._direction)
+            cosine = direction.u.dot(self._direction)
         return StepReport(
             loss=gradients.loss,
             loss_dot=gradients.loss_dot,
@@ -270,7 +261,7 @@ class SAP:
             direction_cosine=cosine,
             steering=steering,
             probe_cosine=probe_cosine,
-            probe_norm={layer: v.norm() for layer, v in used.vectors.items()},
+            probe_norm=used.by_layer(used.vectors.norm(dim=1)),
             tokens=sum(m.rows.tokens for m in micros),
             scored_tokens=sum(m.rows.scored for m in micros),
             safety_tokens=direction.tokens if direction else 0,
@@ -279,11 +270,10 @@ class SAP:
     def _check(self, outcome: _Outcome) -> None:
         """Refuse unusable numbers: at once, or, deferred, at the next step (the flag stays on the device)."""
         one = torch.ones_like(outcome.report.loss)
-        numbers = [outcome.report.loss, norm_of(outcome.theta)]
-        numbers.append(norm_of(outcome.probe.vectors) if outcome.probe.vectors else one)
+        numbers = [outcome.report.loss, outcome.theta.norm(), outcome.probe.vectors.norm()]
         direction = outcome.direction
         numbers += [direction.norm, direction.margin, direction.saturated] if direction else [one, one, 0 * one]
-        seen = torch.stack([x.double() for x in numbers])
+        seen = torch.stack(numbers).double()
         if self.config.check == "deferred":
             self._deferred = _Deferred(seen, self._probe, self._direction)
         else:
@@ -294,10 +284,11 @@ class SAP:
         trained = self._decoder.trained
         before = {name: p.grad for name, p in trained.items()}
         kept = self._probe, self._direction
-        after = {
-            name: (g if (old := before[name]) is None else old + g).to(trained[name].dtype)
-            for name, g in outcome.theta.items()
-        }
+        total = outcome.theta
+        if any(old is not None for old in before.values()):
+            total = total + Flat.of(total, [before[name] for name in total])
+        # Not views, each of which would keep the memory of all, and be saved with it.
+        after = total.copies(trained)
         try:
             for name, parameter in trained.items():
                 parameter.grad = after[name]
@@ -360,7 +351,7 @@ def _cosine(product: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _raise_if_refused(seen: list[float], consequence: str) -> None:
     loss, gradient, probe, direction, margin, saturated = seen
-    finite = torch.isfinite(torch.tensor(seen)).tolist()
+    finite = [math.isfinite(x) for x in seen]
     problem = None
     if not finite[3] or not finite[4]:
         problem = (

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from sap_fast import SAPConfig, UnsupportedModelError, convert, families, passes
 from sap_fast.batch import pack, pack_pairs
 from sap_fast.convert import read_decoder
 from sap_fast.direction import harmful_direction
+from sap_fast.flat import Flat
 from sap_fast.probe import Probe
 
 TARGETS = {"qv": ("q_proj", "v_proj"), "all-linear": ALL_LINEAR, "down": ("down_proj",)}
@@ -50,17 +52,16 @@ def random_probe(layers: tuple[int, ...], width: int = 32, size: float = 0.3) ->
     return {j: size * torch.randn(width, dtype=torch.float64) for j in layers}
 
 
-def dual(model: torch.nn.Module, batch: dict, u: dict, vectors: dict) -> passes.Gradients:
+def dual(model: torch.nn.Module, batch: dict, u: dict, vectors: dict) -> SimpleNamespace:
+    """What the dual pass yields, the probe's gradients by layer."""
     decoder = read_decoder(model)
     rows = pack(batch, vocab_size=VOCAB, device=decoder.device)
     wide = next(iter(vectors.values())).dtype
+    probe, direction = Probe.of(vectors), Flat.of({k: g.to(wide) for k, g in u.items()})
     with decoder.installed():
-        return passes.dual(
-            decoder,
-            [passes.Micro(rows, None)],
-            Probe(vectors, {}, {}),
-            {k: g.to(wide) for k, g in u.items()},
-        )
+        found = passes.dual(decoder, [passes.Micro(rows, None)], probe, direction)
+    by_layer = {name: probe.by_layer(getattr(found, name)) for name in ("probe", "probe_dot")}
+    return SimpleNamespace(**{**vars(found), **by_layer})
 
 
 @pytest.mark.parametrize("targets", TARGETS)

@@ -14,7 +14,12 @@ WIDTH = 16
 def found(config: SAPConfig, gradient: dict, rms: dict | None = None, alpha: float = 1e-4) -> dict:
     rms = rms or {j: torch.full((5,), 2.0 + j, dtype=torch.float64) for j in gradient}
     zero = Probe.zeros(tuple(gradient), WIDTH, torch.device("cpu"), torch.float64)
-    return zero.climbed(gradient, rms, torch.tensor(alpha), config).vectors
+    climbed = zero.climbed(stacked(gradient), stacked(rms), torch.tensor(alpha), config)
+    return climbed.by_layer(climbed.vectors)
+
+
+def stacked(rows: dict) -> torch.Tensor:
+    return torch.stack(list(rows.values()))
 
 
 def gradient(layers: tuple[int, ...] = (1, 3)) -> dict:
@@ -74,19 +79,19 @@ def test_adamw_is_torchs_own_from_zero_with_moments_that_persist() -> None:
     optimizer = torch.optim.AdamW([theirs], lr=0.05)
     for alpha in (1e-4, 3e-4, 1e-9, 2e-4):
         g = torch.randn(WIDTH, dtype=torch.float64)
-        ours = ours.climbed({2: g}, {}, torch.tensor(alpha, dtype=torch.float64), config)
+        ours = ours.climbed(g[None], torch.ones(1, 5), torch.tensor(alpha, dtype=torch.float64), config)
         theirs.data.zero_()
         theirs.grad = -alpha * g
         optimizer.step()
         # One formula in another order: a few roundings of float64, on entries of at most 0.05.
-        torch.testing.assert_close(ours.vectors[2], theirs.detach(), rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(ours.vectors[0], theirs.detach(), rtol=1e-12, atol=1e-15)
 
 
 def test_a_climb_leaves_the_old_probe_as_it_was() -> None:
     zero = Probe.zeros((1,), WIDTH, torch.device("cpu"), torch.float64)
-    zero.climbed(gradient((1,)), {}, torch.tensor(1e-4), SAPConfig.released())
-    assert float(zero.vectors[1].norm()) == 0
-    assert float(zero.first_moment[1].norm()) == 0
+    zero.climbed(stacked(gradient((1,))), torch.ones(1, 5), torch.tensor(1e-4), SAPConfig.released())
+    assert float(zero.vectors.norm()) == 0
+    assert float(zero.first_moment.norm()) == 0
     assert zero.steps == 0
 
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sap_fast
 from sap_fast import SAPConfig, passes
+from sap_fast.flat import Flat
 
 
 @every_config
@@ -139,7 +140,7 @@ def test_beneath_the_lowest_probe_the_backward_carries_one_half(family: str, fur
     model, batch = tiny_model(family, ALL_LINEAR, layers=4), random_batch()
     decoder = sap_fast.attach(model, CONFIG)._decoder
     rows = sap_fast.batch.pack(batch, vocab_size=decoder.vocab_size, device=decoder.device)
-    u = {name: torch.randn_like(p) for name, p in lora(model).items()}
+    u = Flat.of({name: torch.randn_like(p) for name, p in lora(model).items()})
     probe = sap_fast.probe.Probe.zeros((1,), 32, decoder.device, torch.float64)
     with decoder.installed(), _Halves() as halves:
         passes.dual(decoder, [passes.Micro(rows, None)], probe, u)

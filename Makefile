@@ -19,13 +19,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 # What deterministic matrix products need on a GPU; without effect elsewhere.
 TEST_ENV := CUBLAS_WORKSPACE_CONFIG=:4096:8
 
+KERNEL_TESTS := $(TEST_ENV) TRITON_INTERPRET=1 .venv/bin/python -m pytest \
+	tests/test_kernels.py tests/test_kernel_edges.py tests/test_kernel_step.py
+
 # The oldest supported Triton, put over the release that torch asks for.
 OLDEST_TRITON := triton==3.6.0
 
 SETUP_FILES := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-oldest bench clean distclean
+.PHONY: help demo test test-kernels test-compile lint test-oldest bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -34,8 +37,18 @@ help: ## list the targets
 demo: .venv/.stamp ## show what Safety-Aware Probing does, on a small model
 	@.venv/bin/python -m sap_fast demo $(ARGS)
 
-test: .venv/.stamp ## run the tests
+# Triton's interpreter and its compiler cannot share a process, so the kernels are run in one of their own.
+test: .venv/.stamp ## run the tests; with ARGS='...', not those of the kernels
+	$(if $(ARGS),,$(KERNEL_TESTS))
 	$(TEST_ENV) .venv/bin/python -m pytest $(ARGS)
+
+test-kernels: .venv/.stamp ## run the tests of the Triton kernels alone, in Triton's interpreter
+	$(KERNEL_TESTS) $(ARGS)
+
+# Each architecture by itself, two at a time.
+test-compile: .venv/.stamp ## compile every kernel in every configuration, for every architecture
+	printf '%s\n' sm_80 sm_90 sm_100 gfx942 sm_86 | \
+		xargs -P 2 -I ARCH .venv/bin/python -m pytest tests/test_compile.py -m matrix -k ARCH --tb=line
 
 lint: .venv/.stamp ## check style and types
 	.venv/bin/python -m ruff check .

@@ -20,9 +20,9 @@ from sap_fast.ops._cases import (
     Case,
     OpCases,
     Problem,
+    cases_for,
     derive,
     differentiated,
-    every_op,
     paired,
     pose,
     run,
@@ -41,7 +41,7 @@ TOLERANCE = {torch.bfloat16: 2**-6, torch.float32: 1e-5}
 # The oracle is float64 where that takes seconds, counted by the products of one half.
 LARGE = 1e13 if CUDA else 1e10
 
-CASES = {f"{op.name}-{case.name}": (op, case) for op in every_op() for case in op.cases if case.bench}
+CASES = {f"{op.name}-{case.name}": (op, case) for op, case in cases_for("bench")}
 # What is timed, as a problem and how often. Half mode differs from full mode only in its backward.
 PASSES: dict[str, tuple[Callable[[Problem], Problem], int]] = {
     "pair": (lambda pair: pair, 1),

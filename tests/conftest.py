@@ -3,10 +3,12 @@
 import os
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy
 import pytest
 import torch
+from triton_kernels import INTERPRETED
 
 # What deterministic matrix products need on CUDA; it must be set before the first of them.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -39,3 +41,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> Iterator[None]:
+    """Where kernels are interpreted, let their launchers serve key CPU as well, for one module of tests."""
+    from sap_fast.ops._library import launchers_on_cpu
+
+    with launchers_on_cpu() if INTERPRETED else nullcontext():
+        yield

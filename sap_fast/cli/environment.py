@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import sap_fast
+from sap_fast.ops._library import architecture
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy")
 _OPTIONAL = ("trl", "datasets", "flash-attn", "liger-kernel")
@@ -54,7 +55,11 @@ def optional_versions() -> dict[str, str]:
 def devices() -> list[str]:
     """Every device that torch can use here."""
     cpu = f"cpu: {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
-    gpus = [f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        table = architecture(torch.device("cuda", i))
+        note = f"kernels configured for {table}" if table else "no kernels for it: PyTorch reference rules"
+        gpus.append(f"cuda:{i}: {torch.cuda.get_device_name(i)}, {note}")
     return [cpu, *gpus]
 
 

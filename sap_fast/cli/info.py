@@ -24,5 +24,5 @@ def main(argv: Sequence[str]) -> int:
     print("Operations")
     rows = [_HEADS, *((op, served["cpu"], served["cuda"]) for op, served in backends().items())]
     for op, cpu, cuda in rows:
-        print(f"  {op:21} {cpu:18} {cuda}")
+        print(f"  {op:30} {cpu:18} {cuda}")
     return 0

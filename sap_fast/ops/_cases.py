@@ -33,13 +33,16 @@ class Case:
         make: draws ``(inputs, constants)`` by name from a generator, on its device. Inputs are
             float64 stacks ``[2, ...]`` of what is differentiated; constants are everything else:
             frozen tensors in float64, index tensors, numbers.
-        bench: a size of a real model, for the benchmarks; the tests take all other cases.
+        purpose: ``"contract"``, small, for all tests of the op; ``"reference"``, what only the reference has a limit
+            at, for all but the tests of kernels; ``"tiles"``, more than one tile of a kernel in some direction,
+            for those alone; ``"compile"``, the widths of a model with few rows, for which kernels are compiled
+            and not run; ``"bench"``, a size of a real model, for the benchmarks.
         flops: of one of the matrix products that :class:`Products` counts; 0 if there are none.
     """
 
     name: str
     make: Callable[[torch.Generator], tuple[dict[str, Tensor], dict[str, Any]]]
-    bench: bool = False
+    purpose: str = "contract"
     flops: float = 0.0
 
 
@@ -67,7 +70,7 @@ class OpCases:
         call: runs the public function on pairs by name (``(x, None)`` in an ordinary pass) and
             returns the output pairs.
         primal: the plain function of the inputs by name: one half in, one half of each output out.
-        cases: at least one with ``bench``, and one without.
+        cases: at least one for ``"contract"``, ``"compile"`` and ``"bench"``.
         wide: names of inputs that stay float32 where the others are bfloat16.
         tangent_only: names of inputs that are constants of a pair although their tangents are not:
             there the op has no cotangent for their primal half.
@@ -128,6 +131,11 @@ class Problem:
 def normal(rng: torch.Generator, *shape: int) -> Tensor:
     """Standard normal numbers in float64 on the generator's device."""
     return torch.randn(shape, generator=rng, dtype=torch.float64, device=rng.device)
+
+
+def cases_for(*purposes: str) -> list[tuple[OpCases, Case]]:
+    """Every op with each of its cases of these purposes."""
+    return [(op, case) for op in every_op() for case in op.cases if case.purpose in purposes]
 
 
 def every_op() -> list[OpCases]:

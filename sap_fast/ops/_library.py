@@ -2,12 +2,14 @@
 
 A raw op works on stacks ``[S, ...]`` (see ``sap_fast/dual.py``), on inputs without grad. Its schema is
 written once; the PyTorch reference is its CompositeExplicitAutograd kernel, which serves every device for
-which no faster kernel is registered (C++ on key CPU, Triton on key CUDA).
+which no faster kernel is registered (C++ on key CPU, Triton on key CUDA, which ROCm's devices use too).
 """
 
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from sap_fast.dual import stacked
 
 _LIBRARY = torch.library.Library("sap_fast", "DEF")
+# What serves each raw op on key CUDA, for launchers_on_cpu.
+_LAUNCHED: dict[str, Callable[..., Any]] = {}
 
 # The dispatcher's thread-local state outside of any mode, to which a reference rule returns (see _with_autograd).
 _INCLUDED = torch._C._dispatch_tls_local_include_set()
@@ -39,8 +43,75 @@ def _with_autograd(reference: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
+@functools.cache
+def architecture(device: torch.device) -> str | None:
+    """Which of the tables of configurations serves a device; None if its kernels were made for none like it.
+
+    ``sm_86`` stands for the chips of compute capability 8.6, 8.9 and 12.x, which have 99 KiB of shared memory a
+    block where their bigger sisters have 163 or 227. A CPU runs kernels by Triton's interpreter alone.
+    """
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return "gfx942" if name.startswith("gfx9") else None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 12 or (major == 8 and minor > 0):
+        return "sm_86"
+    # Not 10.3: Triton 3.6 to 3.8 miscompile two products chained on one accumulator there (triton issue 10821).
+    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}.get((major, minor))
+
+
+def launcher(name: str) -> Callable[..., Any]:
+    """Import the Triton launcher of a raw op: ``forward``, ``backward`` or ``backward_`` of its ``kernels.py``."""
+    op, backward, in_place = name.partition("_backward")
+    return getattr(import_module(f"sap_fast.ops.{op}.kernels"), f"backward{in_place}" if backward else "forward")
+
+
+def _triton(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """What serves a raw op on key CUDA. Triton is imported at the first call."""
+    found = functools.cache(launcher)
+
+    def kernel(*args: Any) -> Any:
+        x = _first_tensor(args)
+        # In float64 the reference rules are what one wants: they are the oracle.
+        if x.dtype == torch.float64 or architecture(x.device) is None:
+            return reference(*args)
+        with torch.cuda.device_of(x):
+            return found(name)(*args)
+
+    return kernel
+
+
+def raw_ops() -> list[str]:
+    """The names of all raw ops, without the library's."""
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(name.partition("::")[2] for name in names if name.startswith("sap_fast::"))
+
+
+@contextmanager
+def launchers_on_cpu() -> Iterator[None]:
+    """Let the Triton launchers serve key CPU as well, where ``TRITON_INTERPRET=1`` has their kernels interpreted."""
+    library = torch.library.Library("sap_fast", "IMPL")
+    try:
+        for name in raw_ops():
+            library.impl(name, _LAUNCHED[name], "CPU")
+        yield
+    finally:
+        library._destroy()
+
+
+def _first_tensor(args: Iterable[Any]) -> Tensor:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+            return arg[0]
+    raise AssertionError("every raw op takes a tensor")
+
+
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register ``sap_fast::<schema>`` with its reference rule and its fake (shape) implementation.
+    """Register ``sap_fast::<schema>`` with its reference rule, its fake (shape) implementation and its Triton launcher.
 
     Args:
         schema: the op's schema, such as ``"glu(Tensor gate, Tensor up, str activation) -> Tensor"``.
@@ -49,7 +120,10 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, _with_autograd(reference), "CompositeExplicitAutograd")
+    rule = _with_autograd(reference)
+    _LIBRARY.impl(name, rule, "CompositeExplicitAutograd")
+    _LAUNCHED[name] = _triton(name, rule)
+    _LIBRARY.impl(name, _LAUNCHED[name], "CUDA")
     torch.library.register_fake(f"sap_fast::{name}", fake, lib=_LIBRARY)
 
 
@@ -90,6 +164,20 @@ def split_cotangent(mode: Mode, dx: Tensor) -> tuple[Tensor | None, Tensor | Non
     if mode is Mode.HALF:
         return None, dx[0]
     return dx[0], dx[1]
+
+
+def may_overwrite(*saved: Tensor) -> bool:
+    """Whether a backward may write its results into tensors that it saved: nobody can see them afterwards.
+
+    That is so where the graph is not kept and their memory has no other owner: three count here, the saved tensor,
+    the one unpacked from it, and the handle by which this looks. (torch gives buffers away by the same two tests
+    in its compiled backwards.)
+    """
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return False
+    return all(
+        x.numel() and x.is_contiguous() and torch._C._storage_Use_Count(x.untyped_storage()._cdata) <= 3 for x in saved
+    )
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

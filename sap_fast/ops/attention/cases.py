@@ -23,7 +23,7 @@ def _case(
     longer: int = 0,
     window: int | None = None,
     scale: float | None = None,
-    bench: bool = False,
+    purpose: str = "contract",
 ) -> Case:
     """Describe packed sequences of these lengths.
 
@@ -53,7 +53,7 @@ def _case(
         return inputs, constants
 
     seen = sum(min(t + 1, window or t + 1) for length in lengths for t in range(length))
-    return Case(name, make, bench, flops=2.0 * heads * head_dim * seen)
+    return Case(name, make, purpose, flops=2.0 * heads * head_dim * seen)
 
 
 def _primal(xs: dict[str, Tensor], c: dict) -> tuple[Tensor, ...]:
@@ -83,8 +83,26 @@ CASES = OpCases(
         _case("max-seqlen-larger", [4, 2], longer=3),
         _case("max-seqlen-larger-no-rows", [0], longer=9),
         _case("peaked", [7], scale=8.0),
-        _case("smollm2-135m", [512, 300, 212], heads=9, kv_heads=3, head_dim=64, bench=True),
-        _case("llama-2-7b", [512, 300, 212], heads=32, kv_heads=32, head_dim=128, bench=True),
+        # Queries and keys of several tiles, of which no length is a multiple, with heads of one group in one program.
+        _case("tiles-grouped-padded", [67, 40], used=[67, 5], head_dim=17, rows_after=70, purpose="tiles"),
+        # A window that ends within a tile, so that whole tiles are skipped on either side of the band.
+        _case("tiles-window", [101], heads=1, window=20, purpose="tiles"),
+        *(_case(f"head-dim-{d}", [9, 6], kv_heads=2, head_dim=d, purpose="compile") for d in (64, 96, 128, 256)),
+        _case("head-dim-128-grouped", [9, 6], heads=8, kv_heads=2, head_dim=128, purpose="compile"),
+        _case("head-dim-128-window", [9, 6], kv_heads=2, head_dim=128, window=4, purpose="compile"),
+        # What costs the most registers, in the head dimension of small models.
+        _case(
+            "head-dim-64-grouped-padded-window",
+            [9, 6],
+            used=[9, 2],
+            heads=9,
+            kv_heads=3,
+            head_dim=64,
+            window=4,
+            purpose="compile",
+        ),
+        _case("smollm2-135m", [512, 300, 212], heads=9, kv_heads=3, head_dim=64, purpose="bench"),
+        _case("llama-2-7b", [512, 300, 212], heads=32, kv_heads=32, head_dim=128, purpose="bench"),
     ],
     # Forward QK', PV and, of a pair, Q_dot K', Q K_dot', P V_dot, P_dot V. Backward dP, dV, dQ, dK;
     # of a pair each of these once for its tangent and, by the product rule, twice for its primal.

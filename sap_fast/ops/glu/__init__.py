@@ -14,6 +14,7 @@ from sap_fast.ops._library import (
     check_pair,
     check_shape,
     define,
+    may_overwrite,
     split_cotangent,
     stacked_cotangent,
 )
@@ -75,7 +76,11 @@ class _GLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dy_dot: Tensor | None) -> tuple:
         gate, up = ctx.saved_tensors
         dy = stacked_cotangent(ctx.mode, dy, dy_dot, gate[0])
-        dgate, dup = torch.ops.sap_fast.glu_backward(dy, gate, up, ctx.activation)
+        if may_overwrite(gate, up):
+            torch.ops.sap_fast.glu_backward_(dy, gate, up, ctx.activation)
+            dgate, dup = gate[: len(dy)], up[: len(dy)]
+        else:
+            dgate, dup = torch.ops.sap_fast.glu_backward(dy, gate, up, ctx.activation)
         return *split_cotangent(ctx.mode, dgate), *split_cotangent(ctx.mode, dup), None
 
 
@@ -86,6 +91,13 @@ def _forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def _backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, ...]:
     return pullback(lambda g, u: primal(g, u, activation), (gate, up), (dy,))
+
+
+def _backward_(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    """... into the first n halves of gate and up."""
+    dgate, dup = _backward(dy, gate, up, activation)
+    gate[: len(dy)] = dgate
+    up[: len(dy)] = dup
 
 
 define(
@@ -100,4 +112,9 @@ define(
         torch.empty_like(dy, memory_format=torch.contiguous_format),
         torch.empty_like(dy, memory_format=torch.contiguous_format),
     ),
+)
+define(
+    "glu_backward_(Tensor dy, Tensor(a!) gate, Tensor(b!) up, str activation) -> ()",
+    _backward_,
+    lambda dy, gate, up, activation: None,
 )

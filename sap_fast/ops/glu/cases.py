@@ -14,13 +14,13 @@ def _case(
     *,
     activation: str = "silu",
     scale: float = 1.0,
-    bench: bool = False,
+    purpose: str = "contract",
 ) -> Case:
     def make(rng: torch.Generator) -> tuple[dict, dict]:
         gate = scale * normal(rng, 2, rows, d)
         return {"gate": gate, "up": normal(rng, 2, rows, d)}, {"activation": activation}
 
-    return Case(name or f"{rows}x{d}", make, bench)
+    return Case(name or f"{rows}x{d}", make, purpose)
 
 
 CASES = OpCases(
@@ -40,7 +40,9 @@ CASES = OpCases(
         _case(5, 7, "silu-saturated", scale=200.0),
         _case(5, 7, "gelu-saturated", activation="gelu", scale=200.0),
         _case(5, 7, "gelu_tanh-saturated", activation="gelu_tanh", scale=200.0),
-        _case(1024, 1536, "smollm2-135m", bench=True),
-        _case(1024, 11008, "llama-2-7b", bench=True),
+        _case(5, 700, purpose="tiles"),
+        *(_case(3, 11008, a, activation=a, purpose="compile") for a in ("silu", "gelu", "gelu_tanh")),
+        _case(1024, 1536, "smollm2-135m", purpose="bench"),
+        _case(1024, 11008, "llama-2-7b", purpose="bench"),
     ],
 )

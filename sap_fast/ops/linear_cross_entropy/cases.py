@@ -7,7 +7,7 @@ from sap_fast.ops.linear_cross_entropy import linear_cross_entropy
 from sap_fast.ops.linear_cross_entropy.reference import primal
 
 
-def _case(rows: int, vocab: int, d: int, name: str = "", *, peak: float = 0.0, bench: bool = False) -> Case:
+def _case(rows: int, vocab: int, d: int, name: str = "", *, peak: float = 0.0, purpose: str = "contract") -> Case:
     """Describe ``rows`` predictions; ``peak`` turns each row toward its target."""
 
     def make(rng: torch.Generator) -> tuple[dict, dict]:
@@ -17,7 +17,7 @@ def _case(rows: int, vocab: int, d: int, name: str = "", *, peak: float = 0.0, b
         x[0] += peak * weight[targets]
         return {"x": x}, {"weight": weight, "targets": targets}
 
-    return Case(name or f"{rows}x{vocab}x{d}", make, bench, flops=2.0 * rows * vocab * d)
+    return Case(name or f"{rows}x{vocab}x{d}", make, purpose, flops=2.0 * rows * vocab * d)
 
 
 CASES = OpCases(
@@ -33,9 +33,12 @@ CASES = OpCases(
         _case(13, 129, 16),
         # Probabilities near one, as of a trained model, whose differences cancel.
         _case(5, 11, 7, "peaked", peak=1.0),
-        # Two chunks of 512 rows and a part of one.
-        _case(1030, 11, 3, "chunks"),
-        _case(1024, 49152, 576, "smollm2-135m", bench=True),
-        _case(1024, 32000, 4096, "llama-2-7b", bench=True),
+        # Two of the reference's chunks of 512 rows and a part of one.
+        _case(1030, 11, 3, "chunks", purpose="reference"),
+        # More of the vocabulary than one block.
+        _case(3, 5000, 9, purpose="tiles"),
+        *(_case(3, vocab, 16, purpose="compile") for vocab in (32000, 49152)),
+        _case(1024, 49152, 576, "smollm2-135m", purpose="bench"),
+        _case(1024, 32000, 4096, "llama-2-7b", purpose="bench"),
     ],
 )

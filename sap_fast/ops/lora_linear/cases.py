@@ -24,7 +24,7 @@ def _case(
     bias: bool = False,
     scaling: float = 2.0,
     dropout: float = 0.0,
-    bench: bool = False,
+    purpose: str = "contract",
 ) -> Case:
     """Describe maps of one input to ``widths``, each with an adapter of its rank; 0 is none.
 
@@ -45,7 +45,7 @@ def _case(
         return inputs, constants
 
     multiplications = sum(d_in * d_out + rank * (d_in + d_out) for d_out, rank in zip(widths, ranks, strict=True))
-    return Case(name, make, bench, flops=2.0 * rows * multiplications)
+    return Case(name, make, purpose, flops=2.0 * rows * multiplications)
 
 
 def _salt(i: int) -> int:
@@ -96,8 +96,16 @@ CASES = OpCases(
         _case("rslora", 5, 7, [9], [4], scaling=16 / 4**0.5),
         _case("dropout", 6, 9, [5, 4, 3], [2, 1, 2], dropout=0.3),
         _case("wide", 33, 64, [65], [8], dropout=0.1),
-        _case("smollm2-135m", 1024, 576, [576, 192, 192], [8, 8, 8], bench=True),
-        _case("llama-2-7b", 1024, 4096, [4096, 4096, 4096], [8, 8, 8], bench=True),
+        # More than one block of rows, of columns in either direction, and of ranks; sums over columns in parts.
+        _case("tiles-rows", 130, 3, [2], [1], purpose="tiles"),
+        _case("tiles-columns", 3, 70, [66, 5], [40, 3], bias=True, dropout=0.2, purpose="tiles"),
+        _case("tiles-parts", 2, 1030, [3], [2], purpose="tiles"),
+        _case("smollm2-135m-qkv", 4, 576, [576, 192, 192], [8, 8, 8], dropout=0.1, purpose="compile"),
+        _case("llama-3-8b-qkv", 4, 4096, [4096, 1024, 1024], [16, 16, 16], purpose="compile"),
+        _case("llama-3-8b-down", 4, 14336, [4096], [64], dropout=0.05, purpose="compile"),
+        _case("gate-up-rank-256", 4, 2048, [5632, 5632], [256, 256], bias=True, purpose="compile"),
+        _case("smollm2-135m", 1024, 576, [576, 192, 192], [8, 8, 8], purpose="bench"),
+        _case("llama-2-7b", 1024, 4096, [4096, 4096, 4096], [8, 8, 8], purpose="bench"),
     ],
     wide=_ADAPTERS,
     # In a pair the gradient of a and b is that of their tangents; see lora_linear.

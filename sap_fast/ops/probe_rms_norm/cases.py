@@ -16,7 +16,7 @@ def _case(
     probe: bool = True,
     eps: float = 1e-5,
     offset: float = 0.0,
-    bench: bool = False,
+    purpose: str = "contract",
 ) -> Case:
     def make(rng: torch.Generator) -> tuple[dict, dict]:
         inputs = {"residual": normal(rng, 2, rows, d), "update": normal(rng, 2, rows, d)}
@@ -26,7 +26,7 @@ def _case(
             inputs["probe"] = torch.stack((v, torch.zeros_like(v)))
         return inputs, {"weight": normal(rng, d), "eps": eps, "offset": offset}
 
-    return Case(name or f"{rows}x{d}", make, bench)
+    return Case(name or f"{rows}x{d}", make, purpose)
 
 
 def _call(pairs: dict[str, Pair], c: dict) -> list[Pair]:
@@ -56,8 +56,12 @@ CASES = OpCases(
         _case(5, 7, "offset", offset=1.0),
         _case(5, 7, "no-probe", probe=False),
         _case(0, 8, "no-probe-no-rows", probe=False),
-        _case(1024, 576, "smollm2-135m", bench=True),
-        _case(1024, 4096, "llama-2-7b", bench=True),
+        _case(70, 33, "narrow-rows", purpose="tiles"),
+        _case(3, 2100, "wide-rows", purpose="tiles"),
+        *(_case(3, d, purpose="compile") for d in (576, 1024, 2048, 3584, 4096, 5376, 8192, 16384)),
+        _case(3, 4096, "no-probe-4096", probe=False, purpose="compile"),
+        _case(1024, 576, "smollm2-135m", purpose="bench"),
+        _case(1024, 4096, "llama-2-7b", purpose="bench"),
     ],
     wide=("probe",),
     whole=("probe",),

@@ -15,13 +15,13 @@ def _case(
     eps: float = 1e-5,
     offset: float = 0.0,
     scale: float = 1.0,
-    bench: bool = False,
+    purpose: str = "contract",
 ) -> Case:
     def make(rng: torch.Generator) -> tuple[dict, dict]:
         x = scale * normal(rng, 2, rows, d)
         return {"x": x}, {"weight": normal(rng, d), "eps": eps, "offset": offset}
 
-    return Case(name or f"{rows}x{d}", make, bench)
+    return Case(name or f"{rows}x{d}", make, purpose)
 
 
 CASES = OpCases(
@@ -40,7 +40,13 @@ CASES = OpCases(
         # A mean square below eps, and first tokens that carry a massive activation.
         _case(5, 7, "tiny", scale=1e-3),
         _case(5, 7, "huge", scale=1e3),
-        _case(1024, 576, "smollm2-135m", bench=True),
-        _case(1024, 4096, "llama-2-7b", bench=True),
+        _case(70, 33, "narrow-rows", purpose="tiles"),
+        _case(3, 2100, "wide-rows", purpose="tiles"),
+        *(
+            _case(3, d, purpose="compile")
+            for d in (32, 64, 96, 128, 256, 576, 1024, 2048, 3584, 4096, 5376, 8192, 16384)
+        ),
+        _case(1024, 576, "smollm2-135m", purpose="bench"),
+        _case(1024, 4096, "llama-2-7b", purpose="bench"),
     ],
 )

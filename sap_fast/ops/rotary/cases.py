@@ -15,7 +15,7 @@ def _case(
     name: str = "",
     *,
     rotary_dim: int | None = None,
-    bench: bool = False,
+    purpose: str = "contract",
 ) -> Case:
     def make(rng: torch.Generator) -> tuple[dict, dict]:
         # Models repeat their angles in the two halves of the channels; the op does not rely on it.
@@ -26,7 +26,7 @@ def _case(
         }
         return inputs, {"cos": angles.cos(), "sin": angles.sin()}
 
-    return Case(name or f"{rows}x{heads}x{kv_heads}x{head_dim}", make, bench)
+    return Case(name or f"{rows}x{heads}x{kv_heads}x{head_dim}", make, purpose)
 
 
 def _call(pairs: dict[str, Pair], c: dict) -> list[Pair]:
@@ -46,7 +46,9 @@ CASES = OpCases(
         _case(5, 3, 1, 6),
         _case(7, 4, 2, 10),
         _case(5, 3, 3, 10, "partial", rotary_dim=4),
-        _case(1024, 9, 3, 64, "smollm2-135m", bench=True),
-        _case(1024, 32, 32, 128, "llama-2-7b", bench=True),
+        *(_case(3, 32, 8, d, purpose="compile") for d in (64, 96, 128, 256)),
+        _case(3, 32, 8, 128, "partial-128", rotary_dim=32, purpose="compile"),
+        _case(1024, 9, 3, 64, "smollm2-135m", purpose="bench"),
+        _case(1024, 32, 32, 128, "llama-2-7b", purpose="bench"),
     ],
 )

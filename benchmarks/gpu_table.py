@@ -1,0 +1,161 @@
+"""What the times of one run amount to: rows of contenders, and which targets they meet."""
+
+import itertools
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.gpu_ops import MANY, PASSES, ROW_WISE, Visit
+from benchmarks.gpu_session import Test, parameter
+
+Row = dict[str, Any]
+
+# A target: what is looked at, its bound, and whether that is a floor or a ceiling.
+LEAST_BANDWIDTH = {"forward": 0.85, "backward": 0.80}
+MOST_OF_FLASH = {128: 1.0, 256: 1.0, 2048: 2.0}
+LEAST_OVER_LIGER, LEAST_OVER_EAGER = 2.0, 10.0
+# A sequence twice as long may take a little more than twice the memory, never four times.
+MOST_GROWTH = 2.2
+LEAST_COSINE = 0.995
+NORMS, ATTENTION_MODEL = ("rms_norm", "probe_rms_norm"), "llama-2-7b"
+
+
+def times(report: Mapping[str, Any]) -> dict[str, tuple[list[float], int | None]]:
+    """pytest-benchmark's report as ``{test: (seconds, bytes)}``."""
+    return {b["name"]: (b["stats"]["data"], b["extra_info"]["bytes"]) for b in report["benchmarks"]}
+
+
+def copy_bandwidth(timed: Mapping[str, tuple[list[float], int | None]]) -> float | None:
+    """Bytes read and written a second, over both copies."""
+    copies = [found for name, found in timed.items() if name.startswith("test_copy")]
+    seconds = [s for data, _ in copies for s in data]
+    return copies[0][1] / statistics.median(seconds) if seconds else None
+
+
+def rows(tests: Sequence[Test], timed: Mapping[str, tuple[list[float], int | None]]) -> list[Row]:
+    """One row for each op, size and pass; in it every contender, with its median time or why it has none."""
+    copied = copy_bandwidth(timed)
+    result: dict[tuple, Row] = {}
+    seconds: dict[tuple, list[float]] = {}
+    for test in tests:
+        if not test.name.startswith("test_op["):
+            continue
+        visit = Visit.parse(parameter(test.name))
+        subject, pass_, name, _ = visit
+        what = {"op": subject.op, "model": subject.model, "shape": subject.shape, "rows": subject.rows}
+        what |= {"length": subject.length, "pass": pass_, "bytes": None, "contenders": {}, "times_faster_than": {}}
+        row = result.setdefault((subject, pass_), what)
+        if test.name not in timed:
+            row["contenders"].setdefault(name, {"outcome": f"{test.outcome}: {test.reason}"})
+            continue
+        data, moved = timed[test.name]
+        row["bytes"] = row["bytes"] or moved
+        pooled = seconds.setdefault((subject, pass_, name), [])
+        pooled += data
+        row["contenders"][name] = {"us": 1e6 * statistics.median(pooled), "rounds": len(pooled)}
+    for row in result.values():
+        _add_ratios(row, copied)
+    return list(result.values())
+
+
+def _add_ratios(row: Row, copied: float | None) -> None:
+    contenders = row["contenders"]
+    ours = contenders.get("ours", {})
+    if "us" not in ours:
+        return
+    if row["bytes"]:
+        rate = row["bytes"] / (1e-6 * ours["us"])
+        ours |= {"GB/s": rate / 1e9, "of_copy": rate / copied if copied else None}
+    row["times_faster_than"] = {
+        name: entry["us"] / ours["us"] for name, entry in contenders.items() if name != "ours" and "us" in entry
+    }
+
+
+def memory(tests: Sequence[Test]) -> list[Row]:
+    """What attention allocated at each length, in bytes; None where it was not measured."""
+    found = [test for test in tests if test.name.startswith("test_memory[")]
+    return [
+        {"length": int(parameter(test.name)), "outcome": test.outcome, "reason": test.reason}
+        | {pass_: int(test.properties[pass_]) if pass_ in test.properties else None for pass_ in PASSES}
+        for test in found
+    ]
+
+
+def targets(table: Iterable[Row], memories: Sequence[Row]) -> list[Row]:
+    """Every target with the value found, or with None where nothing was measured."""
+    found = {(row["op"], row["model"], row["rows"], row["length"], row["pass"]): row for row in table}
+    result = []
+
+    def look(op: str, model: str, length: int, pass_: str) -> Row:
+        return found.get((op, model, MANY, length, pass_), {"contenders": {}, "times_faster_than": {}})
+
+    def add(text: str, value: float | None, bound: float, at_least: bool) -> None:
+        met = None if value is None else (value >= bound if at_least else value <= bound)
+        verdict = "not measured" if met is None else "met" if met else "missed"
+        sign = ">=" if at_least else "<="
+        result.append({"target": f"{text} {sign} {bound:g}", "value": value, "verdict": verdict})
+
+    for pass_, bound in LEAST_BANDWIDTH.items():
+        for model in ("llama-2-7b", "smollm2-135m"):
+            for op in ROW_WISE:
+                ours = look(op, model, 0, pass_)["contenders"].get("ours", {})
+                add(f"{op} {pass_}, {model}, {MANY} rows: of copy bandwidth", ours.get("of_copy"), bound, True)
+    for op in NORMS:
+        faster = look(op, "llama-2-7b", 0, "backward")["times_faster_than"]
+        add(f"{op} backward, {MANY} rows: times faster than 2x Liger", faster.get("liger"), LEAST_OVER_LIGER, True)
+    for length, bound in MOST_OF_FLASH.items():
+        faster = look("attention", ATTENTION_MODEL, length, "forward")["times_faster_than"].get("flash")
+        add(f"attention forward at {length}: of 2x flash", faster and 1 / faster, bound, False)
+    faster = look("attention", ATTENTION_MODEL, 2048, "backward")["times_faster_than"]
+    add("attention backward at 2048: times faster than eager", faster.get("eager"), LEAST_OVER_EAGER, True)
+    for pass_ in PASSES:
+        sizes = [row[pass_] for row in sorted(memories, key=lambda row: row["length"])]
+        growth = max((b / a for a, b in itertools.pairwise(sizes) if a and b), default=None)
+        growth = growth if sizes and all(sizes) else None
+        add(f"attention {pass_}, memory when the length doubles: growth", growth, MOST_GROWTH, False)
+    return result
+
+
+def cosine_targets(fidelity_rows: Iterable[Row]) -> list[Row]:
+    """The dual pass in bfloat16 against the exact derivative, model by model."""
+    result = []
+    for row in fidelity_rows:
+        if (row["gradient"], row["dtype"]) == ("dual", "bfloat16"):
+            text = (
+                f"{row['model']} {row['when']}, probe gradient in bfloat16 ({row['truth']}): cosine >= {LEAST_COSINE}"
+            )
+            verdict = "met" if row["cosine"] >= LEAST_COSINE else "missed"
+            result.append({"target": text, "value": row["cosine"], "verdict": verdict})
+    return result
+
+
+OTHERS = {"eager": "eager", "compiled": "compile", "liger": "2x Liger", "flash": "2x flash"}
+
+
+def lines(table: Iterable[Row]) -> list[str]:
+    """The table as text. The last columns say how many times faster than another ours is."""
+    heads = "".join(f"{head:>9}" for head in OTHERS.values())
+    result = [f"{'op':21}{'model':13}{'shape':>9} {'pass':9}{'us':>9}{'GB/s':>7}{'copy':>6}{heads}"]
+    reasons: Counter[tuple[str, str]] = Counter()
+    for row in table:
+        ours = row["contenders"].get("ours", {})
+        cells = f"{row['op']:21}{row['model']:13}{row['shape']:>9} {row['pass']:9}"
+        cells += f"{ours['us']:9.1f}" if "us" in ours else f"{'-':>9}"
+        cells += f"{ours['GB/s']:7.0f}" if "GB/s" in ours else f"{'-':>7}"
+        cells += f"{ours['of_copy']:6.0%}" if ours.get("of_copy") else f"{'-':>6}"
+        for name in OTHERS:
+            faster = row["times_faster_than"].get(name)
+            cells += f"{'-' if faster is None else format(faster, '.2f'):>9}"
+        result.append(cells)
+        reasons.update((name, e["outcome"]) for name, e in row["contenders"].items() if "outcome" in e)
+    result += [f"{name}: {reason} ({count} rows)" for (name, reason), count in sorted(reasons.items())]
+    return result
+
+
+def verdicts(targets: Iterable[Row]) -> list[str]:
+    """A line for each target."""
+    return [
+        f"{row['verdict']:13} {row['target']}" + ("" if row["value"] is None else f": {row['value']:.3g}")
+        for row in targets
+    ]

@@ -1,0 +1,101 @@
+"""Compiles Triton kernels for a GPU that need not be there, as the launchers would launch them."""
+
+import functools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sap_fast.ops._library import launcher, launchers_on_cpu, raw_ops
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# KiB of shared memory that one block may use.
+SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as compiled: shared memory in bytes, bytes of local memory a thread, and its assembly."""
+
+    name: str
+    shared: int
+    local: int
+    assembly: str
+
+    @property
+    def products(self) -> set[str]:
+        """The kinds of tensor-core instructions in it."""
+        kinds = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma", "mfma": "v_mfma"}
+        return {kind for kind, instruction in kinds.items() if instruction in self.assembly}
+
+
+class _Driver:
+    """Stands for a GPU of one architecture; one device number for each, since kernels are kept by device."""
+
+    def __init__(self, arch: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.number = 1 + [*SHARED_LIMIT].index(arch)
+        hip = arch.startswith("gfx")
+        self.target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch[3:]), 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(arch: str) -> Iterator[list[Compiled]]:
+    """Within it, the raw ops on CPU tensors compile their kernels for ``arch`` and run none; collects them."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    found: dict[int, Compiled] = {}
+    result: list[Compiled] = []
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        binary = run(kernel, *args, grid=grid, warmup=True, **options)
+        if id(binary) not in found:
+            found[id(binary)] = _read(kernel.__name__, binary, arch)
+            result.append(found[id(binary)])
+
+    run = JITFunction.run
+    with pytest.MonkeyPatch.context() as patch, launchers_on_cpu():
+        patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(driver, "_active", _Driver(arch))
+        for name in raw_ops():
+            patch.setattr(sys.modules[launcher(name).__module__], "architecture", lambda device: arch)
+        yield result
+
+
+def _read(name: str, binary: Any, arch: str) -> Compiled:
+    if arch.startswith("gfx"):
+        text = binary.asm["amdgcn"]
+        (local,) = map(int, re.findall(r"\.private_segment_fixed_size: (\d+)", text))
+        return Compiled(name, binary.metadata.shared, local, text)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    (stack,) = map(int, re.findall(r"STACK:(\d+)", usage.stdout))
+    (local,) = map(int, re.findall(r"LOCAL:(\d+)", usage.stdout))
+    return Compiled(name, binary.metadata.shared, stack + local, binary.asm["ptx"])
+
+
+@functools.cache
+def _cuobjdump() -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

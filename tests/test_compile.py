@@ -1,0 +1,68 @@
+"""Every kernel, in every configuration that ships, compiles for every architecture; no GPU is needed.
+
+What is compiled is what the launchers launch: their own arguments, on the cases of purpose "compile". One case and
+dtype of each op, for one architecture, is compiled by every run of the tests; the rest by ``-m matrix``.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from compiled import SHARED_LIMIT, Compiled, compiling
+from triton_kernels import INTERPRETED
+
+from sap_fast.ops._cases import Case, OpCases, cases_for, pose, run
+
+pytestmark = pytest.mark.skipif(
+    INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile: see the Makefile for both runs"
+)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# Bytes of local memory a thread, where they are not 0: the most seen with Triton 3.6.0 and 3.7.1.
+LOCAL = json.loads((Path(__file__).parent / "local_memory.json").read_text(encoding="utf-8"))
+# What multiplies matrices in attention, whose operands are of the dtype of storage.
+PRODUCTS = {"sm_80": "mma", "sm_86": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+
+
+def _cases() -> list:
+    first: dict[str, Case] = {}
+    params = []
+    for op, case in cases_for("compile"):
+        shown = first.setdefault(op.name, case) is case
+        for arch in SHARED_LIMIT:
+            for dtype in DTYPES:
+                marks = [] if shown and (arch, dtype) == ("sm_90", "bfloat16") else [pytest.mark.matrix]
+                params.append(
+                    pytest.param(op, case, arch, dtype, id=f"{op.name}-{case.name}-{arch}-{dtype}", marks=marks)
+                )
+    return params
+
+
+def compile_modes(op: OpCases, case: Case, arch: str, dtype: str) -> list[Compiled]:
+    """What forward and backward launch in full, half and single mode."""
+    with compiling(arch) as kernels:
+        pair = pose(op, case, torch.Generator().manual_seed(0), DTYPES[dtype])
+        for problem in (pair, pair.half(), pair.single()):
+            run(op, problem)
+    return kernels
+
+
+@pytest.mark.parametrize(("op", "case", "arch", "dtype"), _cases())
+def test_compiles(op: OpCases, case: Case, arch: str, dtype: str) -> None:
+    kernels = compile_modes(op, case, arch, dtype)
+    assert len(kernels) >= 2  # a forward and a backward at the least
+    for kernel in kernels:
+        name = f"{op.name} {case.name} {arch} {dtype} {kernel.name}"
+        assert kernel.shared <= 1024 * SHARED_LIMIT[arch], f"{name}: {kernel.shared} bytes of shared memory"
+        assert kernel.local <= LOCAL.get(name, 0), f"{name}: {kernel.local} bytes of local memory a thread"
+        if op.name == "attention" and dtype == "bfloat16" and kernel.name != "delta_kernel":
+            assert PRODUCTS[arch] in kernel.products, f"{name}: {kernel.products}"
+
+
+def test_recorded_local_memory_is_of_wide_or_float32_kernels() -> None:
+    """In bfloat16 nothing spills at head dims up to 128 and hidden sizes up to 8192."""
+    for name in LOCAL:
+        op, case, _, dtype, _ = name.split()
+        wide = {"attention": "256" in case, "rms_norm": "16384" in case, "probe_rms_norm": "16384" in case}
+        assert dtype == "float32" or wide.get(op, False), name

@@ -1,9 +1,10 @@
 """What every test shares: the same random numbers on every run."""
 
+import importlib
 import os
 import random
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy
 import pytest
@@ -43,10 +44,50 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def formula_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any], dict[str, torch.Tensor]]:
+    """The yardstick: the rules derived from the primal with every step in the dtype of its inputs.
+
+    A primal widens bfloat16 to float32 (``compute_dtype``), which is what an op should do too;
+    undone, it is the formula as anyone would write it in that dtype.
+    """
+
+    from sap_fast.ops._cases import OpCases, Problem, derive, every_op
+
+    def naive(op: OpCases, problem: Problem) -> dict[str, torch.Tensor]:
+        with monkeypatch.context() as patch:
+            for each in every_op():
+                reference = importlib.import_module(f"sap_fast.ops.{each.name}.reference")
+                patch.setattr(reference, "compute_dtype", lambda x: x.dtype)
+            return derive(op, problem)
+
+    return naive
+
+
 @pytest.fixture(scope="module")
 def on_cpu() -> Iterator[None]:
-    """Where kernels are interpreted, let their launchers serve key CPU as well, for one module of tests."""
+    """Where kernels are interpreted, let their launchers serve key CPU as well, for one module of tests.
+
+    The interpreter keeps bfloat16 as raw 16-bit integers, and its product would multiply those: here it widens them.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
     from sap_fast.ops._library import launchers_on_cpu
 
-    with launchers_on_cpu() if INTERPRETED else nullcontext():
+    product = InterpreterBuilder.create_dot
+
+    def wide(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
+
+    def of_widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return product(self, wide(a), wide(b), *rest)
+
+    with pytest.MonkeyPatch.context() as patch, launchers_on_cpu():
+        patch.setattr(InterpreterBuilder, "create_dot", of_widened)
         yield

@@ -23,6 +23,8 @@ every_op = pytest.mark.parametrize(
         if case.name in ("5x7", "silu", "partial", "packed", "5x11x7", "dropout")
     ],
 )
+SEVEN = {"rms_norm", "probe_rms_norm", "glu", "rotary", "attention", "linear_cross_entropy", "lora_linear"}
+assert {param.values[0].name for param in every_op.args[1]} == SEVEN
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 

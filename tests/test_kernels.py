@@ -4,14 +4,16 @@ It needs a GPU, or Triton's interpreter in a process of its own:
 
     TRITON_INTERPRET=1 pytest tests/test_kernels.py
 
-The interpreter keeps bfloat16 as raw 16-bit integers and multiplies those in ``tl.dot``. Kernels that widen
-what they load are exact there all the same; those that multiply bfloat16 tiles are tried in it only in float32.
+There, products of bfloat16 tiles are products of what those tiles hold, widened (``on_cpu`` in ``conftest.py``): in
+which order a tensor core adds them up is left to a GPU.
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from agreement import FLOOR, assert_agrees, error, scales
-from triton_kernels import INTERPRETED, needs_kernels
+from triton_kernels import needs_kernels
 
 from sap_fast.ops._cases import Case, OpCases, Problem, cases_for, derive, pose, run, split
 
@@ -39,17 +41,27 @@ def generator(device: str) -> torch.Generator:
 @pytest.mark.parametrize("mode", MODES)
 @every_dtype
 @every_case
-def test_agrees_with_the_oracle(op: OpCases, case: Case, dtype: torch.dtype, mode: str, device: str) -> None:
+def test_agrees_with_the_oracle(
+    op: OpCases,
+    case: Case,
+    dtype: torch.dtype,
+    mode: str,
+    device: str,
+    formula_in: Callable[[OpCases, Problem], dict[str, torch.Tensor]],
+) -> None:
     """In full, half and single mode: the rules derived in float64, to what the same formula makes in this dtype."""
-    if INTERPRETED and dtype == torch.bfloat16 and op.name in PRODUCTS:
-        pytest.skip("the interpreter cannot multiply bfloat16 tiles: not yet validated without a GPU")
     problem = MODES[mode](pose(op, case, generator(device), dtype))
     truth = derive(op, problem.to(torch.float64))
-    yardstick = derive(op, problem)
+    # Operands of a tensor core are of the dtype of storage: P and dS are rounded to it, as in the formula in that
+    # dtype. Attention takes delta from the rounded o besides, as every flash attention does, and the error of a row's
+    # delta reaches its dq whole: twice what the formula makes, on the most peaked of the cases ("Known" in its README).
+    rounds_operands = op.name in PRODUCTS and dtype == torch.bfloat16
+    yardstick = (formula_in if rounds_operands else derive)(op, problem)
+    times = 4 if rounds_operands else 2
     actual = run(op, problem)
     assert actual.keys() == truth.keys()
     for name, scale in scales(truth).items():
-        allowed = 2 * error(yardstick[name], truth[name]) + FLOOR[dtype] * torch.finfo(dtype).eps * scale
+        allowed = times * error(yardstick[name], truth[name]) + FLOOR[dtype] * torch.finfo(dtype).eps * scale
         difference = error(actual[name], truth[name])
         assert difference <= allowed, f"{name} is off by {difference:.3g}; {allowed:.3g} of {scale:.3g} is allowed"
 

@@ -5,7 +5,6 @@ The truth is always the same: the rules that ``torch.func`` derives from the op'
 ``test_rules.py``; what the ops refuse is in ``test_ops_refuse.py``.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -141,24 +140,6 @@ def test_each_output_alone(op: OpCases, case: Case, device: str) -> None:
 
 
 # The same in the dtypes of training
-
-
-@pytest.fixture
-def formula_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[OpCases, Problem], dict[str, Tensor]]:
-    """The yardstick: the rules derived from the primal with every step in the dtype of its inputs.
-
-    A primal widens bfloat16 to float32 (``compute_dtype``), which is what an op should do too;
-    undone, it is the formula as anyone would write it in that dtype.
-    """
-
-    def naive(op: OpCases, problem: Problem) -> dict[str, Tensor]:
-        with monkeypatch.context() as patch:
-            for each in OPS:
-                reference = importlib.import_module(f"sap_fast.ops.{each.name}.reference")
-                patch.setattr(reference, "compute_dtype", lambda x: x.dtype)
-            return derive(op, problem)
-
-    return naive
 
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
@@ -306,6 +287,28 @@ def test_opcheck_under_compilation(op: OpCases, mode: str, device: str) -> None:
     problem = max(problems, key=lambda p: len(p.inputs) + sum(map(is_tensor, p.constants.values())))
     for func, arguments in raw_calls(op, MODES[mode](problem)):
         torch.library.opcheck(func, arguments, test_utils="test_aot_dispatch_dynamic")
+
+
+# torch's own tracing of an autograd.Function sets this off.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("op", OPS, ids=[op.name for op in OPS])
+def test_compiles_without_a_graph_break(op: OpCases) -> None:
+    """Forward and backward of a pair, traced whole; that the kernels of a GPU can be, too, is in test_gpu.py."""
+    case = max((case for case in op.cases if case.purpose == "contract"), key=lambda case: len(case.name))
+    problem = pose(op, case, rng("cpu"))
+    dys = split(problem.cotangents, True)
+
+    def traced(leaves: dict[str, Tensor]) -> list[Tensor]:
+        return [y for pair in op.call(paired(leaves), problem.constants) for y in pair]
+
+    found = []
+    for function in (torch.compile(traced, fullgraph=True, backend="aot_eager"), traced):
+        leaves = leaves_of(op, problem)
+        ys = function(leaves)
+        torch.autograd.backward(ys, list(dys.values()))
+        dxs = {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
+        found.append(dxs | dict(zip(dys, [y.detach() for y in ys], strict=True)))
+    assert_agrees(*found)
 
 
 def test_every_raw_op_belongs_to_an_op_folder() -> None:

@@ -1,5 +1,7 @@
 """The backward of glu takes over the buffers of its inputs where nobody else can see them, and only there."""
 
+from typing import Any
+
 import pytest
 import torch
 from agreement import assert_agrees
@@ -50,6 +52,50 @@ def test_leaves_alone_what_is_held_elsewhere(device: str) -> None:
     called = pull(ys, x)[1]
     assert called == FRESH
     assert all(torch.equal(t, b) for t, b in zip(held, before, strict=True))
+
+
+def leaves(shape: tuple[int, ...], device: str) -> list[Tensor]:
+    return [torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2)]
+
+
+def glu_of(gate: Tensor, up: Tensor) -> list[Tensor]:
+    halves = [half for x in (gate, up) for half in (x[0], x[1] if len(x) == 2 else None)]
+    return [y for y in glu(*halves, activation="silu") if y is not None]
+
+
+def held_buffers(device: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Halves of buffers that the caller keeps."""
+    gate, up = leaves((2, 5, 6), device)
+    buffers = [gate * 2, up * 2]
+    return glu_of(*buffers), buffers
+
+
+def held_leaves(device: str) -> tuple[list[Tensor], list[Tensor]]:
+    gate, up = leaves((5, 6), device)
+    return [y for y in glu(gate, None, up, None, activation="silu") if y is not None], [gate, up]
+
+
+@pytest.mark.parametrize("make", [held_buffers, held_leaves])
+def test_never_writes_what_someone_else_can_see(make: Any, device: str) -> None:
+    ys, held = make(device)
+    before = [t.detach().clone() for t in held]
+    with _Recorder() as recorder:
+        torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+    assert FRESH in {func.name() for func, _ in recorder.calls}
+    assert all(torch.equal(t, b) for t, b in zip(held, before, strict=True))
+
+
+def test_another_that_saved_the_gate_still_finds_it(device: str) -> None:
+    """The square of gate saves it too, so whichever backward runs first must leave it for the other."""
+    x, up = leaves((5, 6), device)
+    gradients = []
+    for keep in (True, False):  # with a kept graph nothing is ever overwritten
+        gate = x * 2
+        y, _ = glu(gate, None, up * 2, None, activation="silu")
+        total = (y + gate * gate).sum()
+        del gate, y
+        gradients.append(torch.autograd.grad(total, [x, up], retain_graph=keep))
+    assert all(torch.equal(kept, last) for kept, last in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("n", [1, 2])

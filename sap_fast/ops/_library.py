@@ -54,7 +54,7 @@ def architecture(device: torch.device) -> str | None:
         return "sm_80"
     if torch.version.hip:
         name = torch.cuda.get_device_properties(device).gcnArchName
-        return "gfx942" if name.startswith("gfx9") else None
+        return "gfx942" if name.partition(":")[0] == "gfx942" else None
     major, minor = torch.cuda.get_device_capability(device)
     if major == 12 or (major == 8 and minor > 0):
         return "sm_86"
@@ -167,16 +167,16 @@ def split_cotangent(mode: Mode, dx: Tensor) -> tuple[Tensor | None, Tensor | Non
 
 
 def may_overwrite(*saved: Tensor) -> bool:
-    """Whether a backward may write its results into tensors that it saved: nobody can see them afterwards.
+    """Whether a backward may write its results into tensors that it saved, which nobody can see afterwards.
 
-    That is so where the graph is not kept and their memory has no other owner: three count here, the saved tensor,
-    the one unpacked from it, and the handle by which this looks. (torch gives buffers away by the same two tests
-    in its compiled backwards.)
+    That is so where the graph is not kept and their memory has no other owner. Two count here: the tensor saved and
+    unpacked, which must have been detached from what the forward was given, and the handle by which this looks.
+    (torch gives buffers away by the same two tests in its compiled backwards.)
     """
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return False
     return all(
-        x.numel() and x.is_contiguous() and torch._C._storage_Use_Count(x.untyped_storage()._cdata) <= 3 for x in saved
+        x.numel() and x.is_contiguous() and torch._C._storage_Use_Count(x.untyped_storage()._cdata) <= 2 for x in saved
     )
 
 

@@ -16,6 +16,9 @@ import torch
 import triton
 from torch import Tensor
 
+# What CUDA and ROCm allow in the second and third dimension of a grid.
+_MOST_PROGRAMS = 65535
+
 
 class Config(NamedTuple):
     """How a kernel is launched: its block sizes by name, warps, and depth of software pipelining."""
@@ -39,9 +42,17 @@ def launch(kernel: Any, grid: tuple[int, ...], chosen: Config, *args: Any, **con
         chosen: block sizes and compilation options.
         args: tensors and numbers, in the kernel's order.
         constants: its other ``tl.constexpr`` arguments.
+
+    Raises:
+        ValueError: more programs than a GPU can count.
     """
     if 0 in grid:
         return
+    if max(grid[1:], default=0) > _MOST_PROGRAMS:
+        raise ValueError(
+            f"{kernel.__name__} would need a grid of {grid}, but a GPU has at most {_MOST_PROGRAMS} programs in all "
+            "dimensions but the first: use fewer rows or sequences in one batch"
+        )
     kernel[grid](
         *args,
         **constants,

@@ -44,7 +44,7 @@ def attention(
             multiple of kv_heads; float32, bfloat16 or float64; all tangents None is an ordinary pass.
         cu_seqlens: ``[B + 1]`` int32, from 0: sequence b holds rows ``cu_seqlens[b]`` up to
             ``cu_seqlens[b + 1]``. Rows after the last belong to no sequence.
-        max_seqlen: an upper bound of the sequence lengths.
+        max_seqlen: an upper bound of the sequence lengths, padding included.
         scale: of the scores, usually ``head_dim ** -0.5``.
         window: a query sees itself and the ``window - 1`` keys before it; None for all of them.
         seqused: ``[B]`` int32: how many rows of each sequence are real, for batches padded on the right

@@ -87,7 +87,7 @@ CASES = OpCases(
         _case("tiles-grouped-padded", [67, 40], used=[67, 5], head_dim=17, rows_after=70, purpose="tiles"),
         # A window that ends within a tile, so that whole tiles are skipped on either side of the band.
         _case("tiles-window", [101], heads=1, window=20, purpose="tiles"),
-        *(_case(f"head-dim-{d}", [9, 6], kv_heads=2, head_dim=d, purpose="compile") for d in (64, 96, 128, 256)),
+        *(_case(f"head-dim-{d}", [9, 6], kv_heads=2, head_dim=d, purpose="compile") for d in (64, 96, 128, 256, 32)),
         _case("head-dim-128-grouped", [9, 6], heads=8, kv_heads=2, head_dim=128, purpose="compile"),
         _case("head-dim-128-window", [9, 6], kv_heads=2, head_dim=128, window=4, purpose="compile"),
         # What costs the most registers, in the head dimension of small models.

@@ -52,6 +52,9 @@ _COLUMNS = {
 def configuration(arch: str, kernel: str, tangents: bool, block: int, dtype: torch.dtype) -> Config:
     """The table of configurations.
 
+    Raises:
+        ValueError: a head dimension that no kernel was configured for.
+
     Args:
         arch: see ``_library.architecture``.
         kernel: ``"forward"``, ``"dq"``, ``"dk"`` and ``"dv"``, or, without tangents, ``"dkdv"``.
@@ -59,6 +62,10 @@ def configuration(arch: str, kernel: str, tangents: bool, block: int, dtype: tor
         block: the head dimension as a power of two.
         dtype: of storage.
     """
+    if block > 256:
+        raise ValueError(
+            f"attention on a GPU serves head dimensions up to 256, but was given one of more than {block // 2}"
+        )
     if dtype == torch.float32:
         row, stages = _FLOAT32_GFX942 if arch == "gfx942" else _FLOAT32[power_of_2(block, 32, 256)], 1
     else:

@@ -66,7 +66,8 @@ class _GLU(torch.autograd.Function):
         ctx.activation = activation
         gate_stack, up_stack = stacked(gate, gate_dot), stacked(up, up_dot)
         y, y_dot = halves(torch.ops.sap_fast.glu(gate_stack, up_stack, activation))
-        ctx.save_for_backward(gate_stack, up_stack)
+        # Detached, so that may_overwrite counts whoever else holds them.
+        ctx.save_for_backward(gate_stack.detach(), up_stack.detach())
         if ctx.mode is Mode.HALF:
             ctx.mark_non_differentiable(y)
         return y, y_dot

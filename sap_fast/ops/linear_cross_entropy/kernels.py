@@ -101,6 +101,11 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return x.float() @ weight.T.float()
 
 
+def _alike(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32 where their dtypes differ: rows and head have one dtype in every model but a mixed one."""
+    return (x, weight) if x.dtype == weight.dtype else (x.float(), weight.float())
+
+
 def _chunks(rows: int, vocab: int) -> Iterator[slice]:
     """Slices of rows whose logits exist at once; their number follows from the shape alone."""
     size = max(128, _CHUNK // vocab // 128 * 128)
@@ -111,7 +116,8 @@ def forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     """Serves ``sap_fast::linear_cross_entropy``."""
     halves, rows, d = x.shape
     nll, lse = (empty(x, halves, rows, dtype=torch.float32) for _ in range(2))
-    targets, vocab, weight = targets.contiguous(), len(weight), weight.to(x.dtype)
+    targets, vocab = targets.contiguous(), len(weight)
+    x, weight = _alike(x, weight)
     for part in _chunks(rows, vocab):
         z = _product(x[:, part].reshape(-1, d), weight)
         count = len(z) // halves
@@ -131,7 +137,8 @@ def backward(dnll: Tensor, x: Tensor, lse: Tensor, weight: Tensor, targets: Tens
     n, rows = dnll.shape
     d, vocab = weight.shape[1], len(weight)
     dx = empty(x, n, rows, d)
-    dnll, lse, targets, weight = dnll.contiguous(), lse.contiguous(), targets.contiguous(), weight.to(x.dtype)
+    dnll, lse, targets = dnll.contiguous(), lse.contiguous(), targets.contiguous()
+    x, weight = _alike(x, weight)
     chosen = vocab_config(str(architecture(x.device)))
     for part in _chunks(rows, vocab):
         z = _product(x[:n, part].reshape(-1, d), weight)

@@ -103,6 +103,7 @@ CASES = OpCases(
         _case("smollm2-135m-qkv", 4, 576, [576, 192, 192], [8, 8, 8], dropout=0.1, purpose="compile"),
         _case("llama-3-8b-qkv", 4, 4096, [4096, 1024, 1024], [16, 16, 16], purpose="compile"),
         _case("llama-3-8b-down", 4, 14336, [4096], [64], dropout=0.05, purpose="compile"),
+        _case("llama-3-8b-o", 4, 4096, [4096], [8], purpose="compile"),
         _case("gate-up-rank-256", 4, 2048, [5632, 5632], [256, 256], bias=True, purpose="compile"),
         _case("smollm2-135m", 1024, 576, [576, 192, 192], [8, 8, 8], purpose="bench"),
         _case("llama-2-7b", 1024, 4096, [4096, 4096, 4096], [8, 8, 8], purpose="bench"),

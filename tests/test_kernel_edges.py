@@ -5,7 +5,7 @@ import torch
 from agreement import FLOOR, error, scales
 from triton_kernels import INTERPRETED, needs_kernels
 
-from sap_fast.ops import glu, linear_cross_entropy
+from sap_fast.ops import attention, glu, linear_cross_entropy
 from sap_fast.ops._cases import OpCases, Problem, derive, every_op, pose, run
 
 pytestmark = [*needs_kernels, pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
@@ -83,3 +83,30 @@ def test_glu_in_place() -> None:
 def test_a_width_of_zero() -> None:
     x = torch.zeros(3, 0, device=DEVICE)
     assert glu(x, x, x, x, activation="silu")[0].shape == (3, 0)
+
+
+def test_a_grid_that_no_gpu_can_count_is_refused_by_name() -> None:
+    from sap_fast.ops._triton import config, launch
+    from sap_fast.ops.glu.kernels import forward_kernel
+
+    with pytest.raises(ValueError, match=r"forward_kernel would need a grid of \(1, 65536\).*fewer rows"):
+        launch(forward_kernel, (1, 65536), config(4))
+
+
+def test_wide_heads_are_refused_by_name() -> None:
+    q = torch.randn(3, 1, 257, device=DEVICE)
+    lengths = torch.tensor([0, 3], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="head dimensions up to 256"):
+        attention(q, None, q, None, q, None, lengths, max_seqlen=3, scale=1.0)
+
+
+def test_cross_entropy_of_a_head_in_another_dtype() -> None:
+    """Neither is rounded to the other's."""
+    x, weight = torch.randn(2, 5, 8, device=DEVICE), torch.randn(11, 8, device=DEVICE)
+    targets = torch.arange(5, device=DEVICE)
+    mixed = x.bfloat16().requires_grad_()
+    nll, nll_dot = linear_cross_entropy(mixed[0], mixed[1], weight, targets)
+    expected = linear_cross_entropy(mixed[0].detach().float(), mixed[1].detach().float(), weight, targets)
+    assert all(torch.equal(a.detach(), b) for a, b in zip((nll, nll_dot), expected, strict=True))
+    (dx,) = torch.autograd.grad(nll_dot.sum(), mixed)
+    assert dx.dtype == torch.bfloat16 and dx.abs().max() > 0

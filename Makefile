@@ -37,10 +37,13 @@ help: ## list the targets
 demo: .venv/.stamp ## show what Safety-Aware Probing does, on a small model
 	@.venv/bin/python -m sap_fast demo $(ARGS)
 
-# Triton's interpreter and its compiler cannot share a process, so the kernels are run in one of their own.
+# Triton's interpreter and its compiler cannot share a process, so the kernels are run in one of their own, at the
+# same time; what it printed comes last.
 test: .venv/.stamp ## run the tests; with ARGS='...', not those of the kernels
-	$(if $(ARGS),,$(KERNEL_TESTS))
-	$(TEST_ENV) .venv/bin/python -m pytest $(ARGS)
+	@$(if $(ARGS),,$(KERNEL_TESTS) > .kernel-tests.log 2>&1 & kernels=$$!;) \
+	$(TEST_ENV) .venv/bin/python -m pytest $(ARGS); main=$$?; \
+	$(if $(ARGS),,wait $$kernels; kernels=$$?; cat .kernel-tests.log;) \
+	exit $$(( main + $${kernels:-0} ))
 
 test-kernels: .venv/.stamp ## run the tests of the Triton kernels alone, in Triton's interpreter
 	$(KERNEL_TESTS) $(ARGS)

@@ -128,7 +128,7 @@ class _Halves(TorchDispatchMode):
         self.seen: dict[tuple[str, int], int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).split(".")[1]
+        name = str(func).split(".")[1].removesuffix("_")  # in place or not
         if name.endswith("_backward") and str(func).startswith("sap_fast."):
             dy = next(a[0] if isinstance(a, (list, tuple)) else a for a in args if a is not None)
             self.seen[name, dy.shape[0]] = self.seen.get((name, dy.shape[0]), 0) + 1

@@ -5,16 +5,18 @@ The truth is always the same: the rules that ``torch.func`` derives from the op'
 ``test_rules.py``; what the ops refuse is in ``test_ops_refuse.py``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from agreement import FLOOR, assert_agrees, error, scales
+from conftest import DEVICES
 from torch import Tensor, is_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from sap_fast import _C
 from sap_fast.dual import halves, stacked
 from sap_fast.ops._cases import (
     Case,
@@ -29,10 +31,22 @@ from sap_fast.ops._cases import (
     run,
     split,
 )
+from sap_fast.ops._library import references_on_cpu
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 OPS = every_op()
 MODES = {"full": lambda pair: pair, "half": Problem.half, "single": Problem.single}
+
+
+@pytest.fixture(params=["cpu", *(["reference"] if _C.loaded else []), *DEVICES[1:]])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The devices of every test, and a CPU whose C++ kernels, if it has some, step aside for the reference rules."""
+    if request.param != "reference":
+        yield request.param
+        return
+    with references_on_cpu():
+        yield "cpu"
+
 
 every_case = pytest.mark.parametrize(
     ("op", "case"),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import sap_fast
+from sap_fast import _C
 from sap_fast.ops._library import architecture
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy")
@@ -54,7 +55,8 @@ def optional_versions() -> dict[str, str]:
 
 def devices() -> list[str]:
     """Every device that torch can use here."""
-    cpu = f"cpu: {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    kernels = f"kernels for {_C.status}" if _C.loaded else f"no C++ kernels ({_C.status})"
+    cpu = f"cpu: {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, {kernels}"
     gpus = []
     for i in range(torch.cuda.device_count()):
         table = architecture(torch.device("cuda", i))

@@ -1,5 +1,6 @@
 """The pair operations. Each folder: a public function, its primal in ``reference.py``, its inputs in ``cases.py``."""
 
+from sap_fast import _C  # noqa: F401
 from sap_fast.ops.attention import attention
 from sap_fast.ops.glu import glu
 from sap_fast.ops.linear_cross_entropy import linear_cross_entropy

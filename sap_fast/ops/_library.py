@@ -7,8 +7,9 @@ which no faster kernel is registered (C++ on key CPU, Triton on key CUDA, which 
 
 import enum
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch import Tensor
 from sap_fast.dual import stacked
 
 _LIBRARY = torch.library.Library("sap_fast", "DEF")
-# What serves each raw op on key CUDA, for launchers_on_cpu.
+# What serves each raw op on key CUDA, and where nothing faster does, for launchers_on_cpu and references_on_cpu.
 _LAUNCHED: dict[str, Callable[..., Any]] = {}
+_REFERENCES: dict[str, Callable[..., Any]] = {}
 
 # The dispatcher's thread-local state outside of any mode, to which a reference rule returns (see _with_autograd).
 _INCLUDED = torch._C._dispatch_tls_local_include_set()
@@ -89,13 +91,25 @@ def raw_ops() -> list[str]:
     return sorted(name.partition("::")[2] for name in names if name.startswith("sap_fast::"))
 
 
-@contextmanager
-def launchers_on_cpu() -> Iterator[None]:
+def launchers_on_cpu() -> AbstractContextManager[None]:
     """Let the Triton launchers serve key CPU as well, where ``TRITON_INTERPRET=1`` has their kernels interpreted."""
+    return _serving_cpu(_LAUNCHED)
+
+
+def references_on_cpu() -> AbstractContextManager[None]:
+    """Let the reference rules serve key CPU in place of the C++ kernels."""
+    return _serving_cpu(_REFERENCES)
+
+
+@contextmanager
+def _serving_cpu(implementations: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     library = torch.library.Library("sap_fast", "IMPL")
     try:
-        for name in raw_ops():
-            library.impl(name, _LAUNCHED[name], "CPU")
+        with warnings.catch_warnings():
+            # The dispatcher remarks that the C++ kernels step aside. They come back when the library goes.
+            warnings.simplefilter("ignore")
+            for name, implementation in implementations.items():
+                library.impl(name, implementation, "CPU")
         yield
     finally:
         library._destroy()
@@ -121,6 +135,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     rule = _with_autograd(reference)
+    _REFERENCES[name] = rule
     _LIBRARY.impl(name, rule, "CompositeExplicitAutograd")
     _LAUNCHED[name] = _triton(name, rule)
     _LIBRARY.impl(name, _LAUNCHED[name], "CUDA")

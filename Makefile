@@ -25,7 +25,7 @@ KERNEL_TESTS := $(TEST_ENV) TRITON_INTERPRET=1 .venv/bin/python -m pytest \
 # The oldest supported Triton, put over the release that torch asks for.
 OLDEST_TRITON := triton==3.6.0
 
-SETUP_FILES := pyproject.toml setup.py
+SETUP_FILES := pyproject.toml setup.py $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-kernels test-compile lint test-oldest bench clean distclean

@@ -1,14 +1,15 @@
 """Build script. What the package is stands in ``pyproject.toml``; here is only how ``csrc/`` is built.
 
-``sap_fast._C`` holds one module for each capability of a processor, of which ``sap_fast/_C/__init__.py`` loads one.
-They are built where torch and a C++20 compiler are at hand, which for torch means
-``pip install --no-build-isolation .``; else the library installs without them, and reference rules serve the CPU.
+``sap_fast._C`` holds one module for each capability of a processor, of which ``sap_fast/_C/__init__.py`` loads one. Its
+name says which release of torch it was built with, without which it cannot be loaded. They are built where torch and a
+C++20 compiler are at hand, which for torch means ``pip install --no-build-isolation .``; else the library installs
+without them, and reference rules serve the CPU.
 
 ``python setup.py build_ext --sanitize`` builds them with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
-import json
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -26,20 +27,24 @@ CAPABILITIES = {
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
 }
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
-# GCC 12 takes the undefined registers of its own intrinsics for mistakes.
-FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-pragmas"]
+# torch's headers name parameters that they do not use; GCC 12 takes the undefined registers of its own intrinsics for
+# mistakes.
+FLAGS += ["-Wno-unused-parameter", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-pragmas"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
 
 def extensions() -> list:
     """One module for each capability, all of the same sources."""
+    release = re.sub(r"\W", "_", torch.__version__)
     sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
     return [
         CppExtension(
-            f"sap_fast._C.{name}",
+            f"sap_fast._C.{name}_{release}",
             sources,
             extra_compile_args=[*FLAGS, *flags, f"-DCPU_CAPABILITY={name.upper()}", f"-DCPU_CAPABILITY_{name.upper()}"],
             extra_link_args=["-fopenmp"],
+            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            optional=True,  # setuptools then copies and packs what was built
         )
         for name, flags in CAPABILITIES.items()
     ]
@@ -64,8 +69,6 @@ def build_command() -> type:
                 extension.extra_link_args += SANITIZE
             try:
                 super().build_extension(extension)
-                record = Path(self.get_ext_fullpath(extension.name)).parent / "built_with.json"
-                record.write_text(json.dumps({"torch": torch.__version__}) + "\n", encoding="utf-8")
             except Exception as error:
                 # Whatever the compiler or the helper raises: the library is complete without this module.
                 if self.sanitize:
@@ -73,10 +76,6 @@ def build_command() -> type:
                 print(f"{extension.name} was not built, so it will be missing: {error}", file=sys.stderr)
             finally:
                 self.build_temp = kept
-
-        def copy_extensions_to_source(self) -> None:
-            self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
-            super().copy_extensions_to_source()
 
     return Build
 

@@ -95,7 +95,7 @@ def test_memory(stage: Stage, length: int, record_property: Callable[[str, objec
         pytest.skip("a CPU does not count what is allocated")
     subject = Subject("attention", "llama-2-7b", length, length)
     problem = gpu_ops.posed(subject, stage.device, stage.dtype)
-    functions = gpu_ops.contender("ours", subject, problem).functions
+    functions = gpu_ops.contender("ours", gpu_ops.op_named(subject.op), problem).functions
     for name, function in functions.items():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,12 +1,6 @@
 """What is timed on a GPU, by whom it is done, and how each is found right before it is timed.
 
-A :class:`Subject` is an op at a size of a model. Its contenders are
-
-- ``ours``: the raw ops, called as autograd would call them;
-- ``eager``: the pair's formula in PyTorch (``eager_pairs.py``), and ``compiled``: ``torch.compile`` of it;
-- ``liger`` or ``flash``: an ordinary pass's kernel, run twice (``peers.py``).
-
-The inputs of a backward hold what the contender's own forward kept for it.
+A :class:`Subject` is an op at a size of a model; ``contenders.py`` says who its contenders are.
 """
 
 import itertools
@@ -15,16 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from benchmarks import eager_pairs
+from benchmarks.contenders import PASSES, Contender, Recorder, check, contender
 from benchmarks.peers import PEERS
-from sap_fast.ops._cases import Case, OpCases, Problem, derive, every_op, normal, pose, run, split
-
-# Of the norm of a result, as in bench_ops.py: one or two bfloat16 roundings; in float32 sums of many terms.
-TOLERANCE = {torch.bfloat16: 2**-6, torch.float32: 1e-5}
-PASSES = ("forward", "backward")
+from sap_fast.ops._cases import Case, OpCases, Problem, derive, every_op, normal, pose
 
 # The truth of attention is derived for this many tokens at a time: its T x T matrices are float64.
 _TOKENS_AT_ONCE = 2048
@@ -188,75 +177,6 @@ def _shapes(name: str) -> Callable[..., Any]:
     return rule
 
 
-class Recorder(TorchDispatchMode):
-    """Notes the raw ops' calls. With ``rule``, ``rule(name)`` is called in place of each."""
-
-    def __init__(self, rule: Callable[[str], Callable[..., Any]] | None = None) -> None:
-        super().__init__()
-        self.rule = rule
-        # (function, arguments, outputs)
-        self.calls: list[tuple[Callable[..., Any], tuple, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace != "sap_fast":
-            return func(*args, **(kwargs or {}))
-        function = func if self.rule is None else self.rule(func._schema.name.partition("::")[2])
-        args = tree_map_only(Tensor, torch.detach, args)
-        outputs = function(*args)
-        self.calls.append((function, args, outputs))
-        return outputs
-
-
-class Contender(NamedTuple):
-    """Someone who solves a problem: what is timed, and how what it returns is named for comparison."""
-
-    problem: Problem
-    functions: dict[str, Callable[[], Any]]
-    results: dict[str, Callable[[Any], dict[str, Tensor]]]
-    # Of each pass: what has to be read and written at least once. For a peer, that of the pair.
-    moved: dict[str, int]
-
-
-def contender(name: str, subject: Subject, problem: Problem) -> Contender:
-    """Make a contender ready.
-
-    Raises:
-        AbsentError: it is not installed.
-    """
-    op = op_named(subject.op)
-    if name in ("liger", "flash"):
-        twice = PEERS[subject.op][1](problem)
-        functions = {"forward": twice.forward, "backward": twice.backward}
-        results = {"forward": twice.forward_results, "backward": twice.backward_results}
-        return Contender(twice.problem.single(), functions, results, {})
-    with Recorder(None if name == "ours" else eager_pairs.rule) as recorder:
-        run(op, problem)
-    functions, moved = {}, {}
-    for pass_, (function, args, outputs) in zip(PASSES, recorder.calls, strict=True):
-        if name == "compiled":
-            function = torch.compile(function, dynamic=False)
-        functions[pass_] = lambda function=function, args=args: function(*args)
-        tensors = [x for x in tree_leaves((args, outputs)) if isinstance(x, Tensor)]
-        moved[pass_] = sum(x.numel() * x.element_size() for x in tensors)
-    results = {
-        "forward": lambda output: split(dict(zip(op.outputs, tree_leaves(output), strict=False)), True),
-        "backward": lambda output: _gradients(op, problem, output),
-    }
-    return Contender(problem, functions, results, moved)
-
-
-def _gradients(op: OpCases, problem: Problem, output: Any) -> dict[str, Tensor]:
-    """Name what a raw backward returns as :func:`derive` does."""
-    names = list(problem.inputs)
-    if op.name == "probe_rms_norm":
-        names.remove("update")  # its cotangent is the residual's
-    if op.name == "lora_linear":
-        names.sort(key=lambda name: "xab".index(name[0]))  # x, then all a, then all b
-    gradients = dict(zip(names, tree_leaves(output), strict=True))
-    result = {f"d{name}_dot": gradients.pop(name) for name in names if name in op.tangent_only}
-    return result | {f"d{name}": dx for name, dx in split(gradients, True).items()}
-
-
 def truth(op: OpCases, problem: Problem) -> dict[str, Tensor]:
     """What is right, derived in float64."""
     if op.name != "attention":
@@ -294,7 +214,7 @@ class Stage:
             self.subject = visit.subject
         name = visit.contender
         if name not in self._contenders:
-            self._contenders[name] = contender(name, visit.subject, self.problem)
+            self._contenders[name] = contender(name, op_named(visit.subject.op), self.problem)
         entry = self._contenders[name]
         if (name, visit.pass_) not in self._right:
             self.compare(entry, visit.pass_)
@@ -305,10 +225,4 @@ class Stage:
         which = tuple(entry.problem.inputs), entry.problem.is_pair
         if which not in self._truths:
             self._truths[which] = truth(op_named(self.subject.op), entry.problem)
-        expected = self._truths[which]
-        actual = entry.results[pass_](entry.functions[pass_]())
-        assert actual.keys() <= expected.keys(), f"{sorted(actual)} are not among {sorted(expected)}"
-        for name, result in actual.items():
-            scale = float(expected[name].norm())
-            error = float((result.double() - expected[name]).norm()) / (scale or 1.0)
-            assert error <= TOLERANCE[self.dtype], f"{name} is off by {error:.2g} of its norm"
+        check(op_named(self.subject.op), entry, pass_, self._truths[which], self.dtype)

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.gpu_ops import MANY, PASSES, ROW_WISE, Visit
+from benchmarks.contenders import PASSES
+from benchmarks.gpu_ops import MANY, ROW_WISE, Visit
 from benchmarks.gpu_session import Test, parameter
 
 Row = dict[str, Any]

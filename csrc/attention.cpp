@@ -284,6 +284,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, const T
               "do must be ", q.scalar_type(), " of the shape of q, but is ", d_o.scalar_type(), " ", d_o.sizes());
   const auto sequences = sequences_of(cu_seqlens, seqused, rows, max_seqlen);
   const auto lse = lse_in.contiguous();
+  check_saved("lse", lse, n, {rows, heads}, compute_type(q));
   const auto empty = [&](const Tensor& x) { return at::empty({n, rows, x.size(2), x.size(3)}, x.options()); };
   const auto dq = empty(q), dk = empty(k), dv = empty(v);
   for (const auto& x : {dq, dk, dv}) {

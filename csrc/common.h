@@ -8,11 +8,15 @@
 // the ordinary gradient.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cstdint>
@@ -99,6 +103,23 @@ inline Tensor gain_of(const Tensor& weight, double offset, at::ScalarType dtype)
 inline void check_stack(const char* name, const Tensor& x, int64_t dims) {
   TORCH_CHECK(x.dim() == dims && x.size(0) >= 1 && x.size(0) <= 2,
               name, " must be a stack [S, ...] of ", dims, " dimensions with S = 1 or 2, but has shape ", x.sizes());
+}
+
+// A tensor of just this shape and dtype.
+inline void check_is(const char* name, const Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype) {
+  TORCH_CHECK(x.sizes() == sizes && x.scalar_type() == dtype, name, " must be ", dtype, " ", sizes, ", but is ",
+              x.scalar_type(), " ", x.sizes());
+}
+
+// What a backward of n halves finds saved: a stack of n halves or more.
+inline void check_saved(const char* name, const Tensor& x, int64_t n, at::IntArrayRef half, at::ScalarType dtype) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(0) >= n && x.size(0) <= 2 && x.sizes().slice(1) == half &&
+                  x.scalar_type() == dtype,
+              name, " must be ", dtype, ", ", n, " to 2 halves of ", half, ", but is ", x.scalar_type(), " ", x.sizes());
+}
+
+inline void check_weight(const Tensor& weight, int64_t d) {
+  TORCH_CHECK(weight.sizes() == at::IntArrayRef({d}), "weight must be [", d, "], but has shape ", weight.sizes());
 }
 
 }  // namespace

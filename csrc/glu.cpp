@@ -54,6 +54,7 @@ void with_activation(c10::string_view name, const F& f) {
 
 Tensor glu(const Tensor& gate_in, const Tensor& up_in, c10::string_view activation) {
   check_stack("gate", gate_in, 3);
+  check_is("up", up_in, gate_in.sizes(), gate_in.scalar_type());
   const auto gate = gate_in.contiguous(), up = up_in.contiguous();
   const int64_t halves = gate.size(0), half = gate.numel() / halves;
   auto y = at::empty_like(gate);
@@ -78,6 +79,12 @@ Tensor glu(const Tensor& gate_in, const Tensor& up_in, c10::string_view activati
     });
   });
   return y;
+}
+
+void check(const Tensor& dy, const Tensor& gate, const Tensor& up) {
+  check_stack("dy", dy, 3);
+  check_saved("gate", gate, dy.size(0), dy.sizes().slice(1), dy.scalar_type());
+  check_is("up", up, gate.sizes(), gate.scalar_type());
 }
 
 // Every element of gate and up is read before it is written, so dgate and dup may be they.
@@ -120,14 +127,14 @@ void pull_back(const Tensor& dy_in, const Tensor& gate, const Tensor& up, const 
 
 std::tuple<Tensor, Tensor> glu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up,
                                         c10::string_view activation) {
-  check_stack("dy", dy, 3);
+  check(dy, gate, up);
   auto dgate = at::empty(dy.sizes(), gate.options()), dup = at::empty(dy.sizes(), up.options());
   pull_back(dy, gate.contiguous(), up.contiguous(), dgate, dup, activation);
   return {dgate, dup};
 }
 
 void glu_backward_(const Tensor& dy, Tensor gate, Tensor up, c10::string_view activation) {
-  check_stack("dy", dy, 3);
+  check(dy, gate, up);
   if (gate.is_contiguous() && up.is_contiguous()) {
     pull_back(dy, gate, up, gate, up, activation);
     return;

@@ -109,8 +109,11 @@ Tensor linear_cross_entropy_backward(const Tensor& dnll_in, const Tensor& x, con
                                      const Tensor& weight, const Tensor& targets_in) {
   check(x, weight, targets_in);
   const auto dnll = dnll_in.contiguous(), lse = lse_in.contiguous(), targets = targets_in.contiguous();
-  const int64_t n = dnll.size(0), rows = x.size(1), vocab = weight.size(0);
+  const int64_t n = dnll.dim() ? dnll.size(0) : 0, rows = x.size(1), vocab = weight.size(0);
   const auto wide_weight = weight.to(compute_type(x));
+  TORCH_CHECK(n >= 1 && n <= x.size(0), "dnll has ", n, " halves, but x ", x.size(0));
+  check_is("dnll", dnll, {n, rows}, compute_type(x));
+  check_saved("lse", lse, n, {rows}, compute_type(x));
   auto dx = at::empty({n, rows, x.size(2)}, x.options());
   AT_DISPATCH_FLOATING_TYPES(wide_weight.scalar_type(), "linear_cross_entropy_backward", [&] {
     const auto* pd = dnll.const_data_ptr<scalar_t>();

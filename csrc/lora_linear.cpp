@@ -108,6 +108,7 @@ std::vector<Tensor> lora_linear(const Tensor& x_in, at::TensorList weights, cons
   check_stack("x", x_in, 3);
   const auto x = x_in.contiguous();
   const int64_t halves = x.size(0), rows = x.size(1), d = x.size(2);
+  TORCH_CHECK(biases.size() == weights.size(), "bias must have one element for each of the ", weights.size(), " weights");
   const auto adapters = adapters_of(x, weights, a, b, a_dot, b_dot, seed, scaling, dropout, salt, halves == 2);
   std::vector<Tensor> ys;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -170,6 +171,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
   check_stack("x", x_in, 3);
   TORCH_CHECK(!dys_in.empty() && dys_in.size() == weights.size(), "dy must be given for each of ", weights.size(),
               " weights, but there are ", dys_in.size());
+  check_stack("dy", dys_in[0], 3);
   const auto x = x_in.contiguous();
   const int64_t n = dys_in[0].size(0), rows = x.size(1), d = x.size(2);
   const bool full = n == 2;
@@ -177,8 +179,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
   const auto adapters = adapters_of(x, weights, a, b, a_dot, b_dot, seed, scaling, dropout, salt, full);
   std::vector<Tensor> dys;
   for (size_t i = 0; i < weights.size(); ++i) {
-    TORCH_CHECK(dys_in[i].sizes() == at::IntArrayRef({n, rows, weights[i].size(0)}), "dy must be [", n, ", ", rows,
-                ", ", weights[i].size(0), "], but is ", dys_in[i].sizes());
+    check_is("dy", dys_in[i], {n, rows, weights[i].size(0)}, x.scalar_type());
     dys.push_back(dys_in[i].contiguous());
   }
   const auto wide = x.options().dtype(compute_type(x));

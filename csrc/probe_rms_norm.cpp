@@ -8,11 +8,13 @@ std::tuple<Tensor, Tensor, Tensor> probe_rms_norm(const Tensor& residual_in, con
                                                   const std::optional<Tensor>& probe_in, const Tensor& weight,
                                                   double eps, double offset) {
   check_stack("residual", residual_in, 3);
-  TORCH_CHECK(update_in.sizes() == residual_in.sizes() && update_in.scalar_type() == residual_in.scalar_type(),
-              "update must be like residual, ", residual_in.sizes(), " ", residual_in.scalar_type(), ", but is ",
-              update_in.sizes(), " ", update_in.scalar_type());
+  check_is("update", update_in, residual_in.sizes(), residual_in.scalar_type());
   const auto residual = residual_in.contiguous(), update = update_in.contiguous();
   const int64_t halves = residual.size(0), rows = residual.size(1), d = residual.size(2);
+  check_weight(weight, d);
+  if (probe_in) {
+    check_is("probe", *probe_in, {halves, d}, probe_in->scalar_type());
+  }
   const auto dtype = compute_type(residual);
   const auto gain = gain_of(weight, offset, dtype);
   const auto probe = probe_in ? probe_in->to(dtype).contiguous() : Tensor();
@@ -65,6 +67,12 @@ std::tuple<Tensor, Tensor> probe_rms_norm_backward(const std::optional<Tensor>& 
   const auto dh = dh_in ? dh_in->contiguous() : Tensor();
   const int64_t n = dy.size(0), rows = dy.size(1), d = dy.size(2);
   const auto dtype = compute_type(h);
+  check_saved("h", h, n, {rows, d}, dy.scalar_type());
+  check_saved("rstd", rstd, n, {rows}, dtype);
+  check_weight(weight, d);
+  if (dh_in) {
+    check_is("dh", dh, dy.sizes(), dy.scalar_type());
+  }
   const auto gain = gain_of(weight, offset, dtype);
   auto dx = at::empty_like(dy);
   auto partial = at::zeros({capture ? kBlocks : 0, n, d}, dy.options().dtype(dtype));

@@ -8,6 +8,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const Tensor& weight, do
   check_stack("x", x_in, 3);
   const auto x = x_in.contiguous();
   const int64_t halves = x.size(0), rows = x.size(1), d = x.size(2);
+  check_weight(weight, d);
   const auto gain = gain_of(weight, offset, compute_type(x));
   auto y = at::empty_like(x);
   auto rstd = at::empty({halves, rows}, x.options().dtype(compute_type(x)));
@@ -37,6 +38,9 @@ Tensor rms_norm_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& 
   check_stack("dy", dy_in, 3);
   const auto dy = dy_in.contiguous(), x = x_in.contiguous(), rstd = rstd_in.contiguous();
   const int64_t n = dy.size(0), rows = dy.size(1), d = dy.size(2);
+  check_saved("x", x, n, {rows, d}, dy.scalar_type());
+  check_saved("rstd", rstd, n, {rows}, compute_type(x));
+  check_weight(weight, d);
   const auto gain = gain_of(weight, offset, compute_type(x));
   auto dx = at::empty_like(dy);
   SAP_FAST_DISPATCH(x, "rms_norm_backward", [&] {

@@ -26,7 +26,10 @@ void turn_row(const T* x, T* y, const compute_t<T>* cos, const compute_t<T>* sin
 Tensor turn(const Tensor& x_in, const Tensor& cos, const Tensor& sin, bool transposed) {
   check_stack("x", x_in, 4);
   const auto x = x_in.contiguous();
-  const int64_t halves = x.size(0), rows = x.size(1), heads = x.size(2), d = x.size(3), r = cos.size(1);
+  const int64_t halves = x.size(0), rows = x.size(1), heads = x.size(2), d = x.size(3), r = cos.size(-1);
+  check_is("cos", cos, {rows, r}, compute_type(x));
+  check_is("sin", sin, {rows, r}, compute_type(x));
+  TORCH_CHECK(r % 2 == 0 && r <= d, "cos and sin must have an even width of at most ", d, ", but have ", r);
   auto y = at::empty_like(x);
   SAP_FAST_DISPATCH(x, "rotary", [&] {
     const auto* px = x.const_data_ptr<scalar_t>();
@@ -45,6 +48,9 @@ Tensor turn(const Tensor& x_in, const Tensor& cos, const Tensor& sin, bool trans
 
 std::tuple<Tensor, Tensor> turn_both(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                                      bool transposed) {
+  TORCH_CHECK(cos.dim() == 2 && sin.sizes() == cos.sizes() && k.scalar_type() == q.scalar_type(),
+              "cos and sin must be [rows, width], and q and k of one dtype, but they are ", cos.sizes(), ", ",
+              sin.sizes(), ", ", q.scalar_type(), ", ", k.scalar_type());
   const auto c = cos.to(compute_type(q)).contiguous(), s = sin.to(compute_type(q)).contiguous();
   return {turn(q, c, s, transposed), turn(k, c, s, transposed)};
 }

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import eager_pairs, fidelity, gpu, gpu_ops, gpu_session, gpu_table, models, peers
+from benchmarks.contenders import PASSES, TOLERANCE, Recorder
 from benchmarks.device_timer import DeviceTimer
-from benchmarks.gpu_ops import MANY, PASSES, Recorder, Stage, Subject, Visit, Widths
+from benchmarks.gpu_ops import MANY, Stage, Subject, Visit, Widths
 from benchmarks.gpu_session import Session, Test
 from sap_fast.ops._cases import Case, OpCases, Problem, cases_for, derive, pose, run
 from sap_fast.ops.rms_norm.reference import primal as rms_norm
@@ -66,7 +67,7 @@ def middling(monkeypatch: pytest.MonkeyPatch) -> str:
     return "middling"
 
 
-@pytest.mark.parametrize("dtype", gpu_ops.TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("op", [op.name for op in gpu_ops.every_op()])
 def test_contenders_are_found_right(op: str, dtype: torch.dtype, middling: str) -> None:
     stage, length = Stage("cpu", dtype), 32 if op == "attention" else 0

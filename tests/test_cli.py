@@ -14,6 +14,7 @@ import pytest
 from chat import TEMPLATE
 from command import FLAGS, QUIET, SMALL, prepare, train
 
+from sap_fast import _C
 from sap_fast.cli.main import main
 
 
@@ -99,7 +100,8 @@ def test_python_m_sap_fast_is_the_command(here: Path) -> None:
     assert "cpu: " in done.stdout
     for op in ("probe_rms_norm", "attention_backward", "lora_linear"):
         assert f"  {op} " in done.stdout
-    assert "PyTorch reference" in done.stdout  # on a CPU
+    assert ("C++ kernel" if _C.loaded else "PyTorch reference") in done.stdout  # on a CPU
+    assert _C.status in done.stdout
     assert "Triton kernel" in done.stdout  # on a GPU, whether or not there is one
 
 

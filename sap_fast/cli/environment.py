@@ -55,7 +55,7 @@ def optional_versions() -> dict[str, str]:
 
 def devices() -> list[str]:
     """Every device that torch can use here."""
-    kernels = f"kernels for {_C.status}" if _C.loaded else f"no C++ kernels ({_C.status})"
+    kernels = f"C++ kernels {_C.status}" if _C.loaded else f"no C++ kernels ({_C.status})"
     cpu = f"cpu: {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, {kernels}"
     gpus = []
     for i in range(torch.cuda.device_count()):

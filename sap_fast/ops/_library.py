@@ -91,6 +91,11 @@ def raw_ops() -> list[str]:
     return sorted(name.partition("::")[2] for name in names if name.startswith("sap_fast::"))
 
 
+def reference_rule(name: str) -> Callable[..., Any]:
+    """The rule in PyTorch that serves a raw op where it has no kernel."""
+    return _REFERENCES[name]
+
+
 def launchers_on_cpu() -> AbstractContextManager[None]:
     """Let the Triton launchers serve key CPU as well, where ``TRITON_INTERPRET=1`` has their kernels interpreted."""
     return _serving_cpu(_LAUNCHED)

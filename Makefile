@@ -25,21 +25,28 @@ KERNEL_TESTS := $(TEST_ENV) TRITON_INTERPRET=1 .venv/bin/python -m pytest \
 # The oldest supported Triton, put over the release that torch asks for.
 OLDEST_TRITON := triton==3.6.0
 
-SETUP_FILES := pyproject.toml setup.py $(wildcard csrc/*)
+# Python itself is not built with the sanitizers, so their library has to be there before it. What Python and torch
+# leave allocated at exit is not looked at.
+SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	.venv/bin/python -m pytest -o pythonpath="build/sanitized ." -p no:faulthandler --capture=sys \
+	tests/test_ops.py tests/test_extension.py -k "not reference" $(ARGS)
+
+SETUP_FILES := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernels test-compile lint test-oldest bench clean distclean
+.PHONY: help demo test test-kernels test-compile lint test-oldest sanitize bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "ARGS='...' is handed on to the demo, to pytest; PYTHON=... names the Python to set up with."
 
-demo: .venv/.stamp ## show what Safety-Aware Probing does, on a small model
+demo: .venv/.kernels ## show what Safety-Aware Probing does, on a small model
 	@.venv/bin/python -m sap_fast demo $(ARGS)
 
 # Triton's interpreter and its compiler cannot share a process, so the kernels are run in one of their own, at the
 # same time; what it printed comes last.
-test: .venv/.stamp ## run the tests; with ARGS='...', not those of the kernels
+test: .venv/.kernels ## run the tests; with ARGS='...', not those of the kernels
 	@$(if $(ARGS),,$(KERNEL_TESTS) > .kernel-tests.log 2>&1 & kernels=$$!;) \
 	$(TEST_ENV) .venv/bin/python -m pytest $(ARGS); main=$$?; \
 	$(if $(ARGS),,wait $$kernels; kernels=$$?; cat .kernel-tests.log;) \
@@ -61,11 +68,16 @@ lint: .venv/.stamp ## check style and types
 test-oldest: .venv-oldest/.stamp ## run the tests with the oldest supported packages
 	$(TEST_ENV) .venv-oldest/bin/python -m pytest $(ARGS)
 
-bench: .venv/.stamp ## run the benchmarks
+sanitize: .venv/.stamp ## run the tests of the C++ kernels with AddressSanitizer and UndefinedBehaviorSanitizer
+	.venv/bin/python setup.py -q build --build-lib build/sanitized build_ext --sanitize --build-temp build/sanitizing
+	$(SANITIZED)
+	ATEN_CPU_CAPABILITY=avx2 $(SANITIZED)
+
+bench: .venv/.kernels ## run the benchmarks
 	.venv/bin/python -m pytest benchmarks/ --benchmark-only $(ARGS)
 
 clean: ## remove caches and build products; environments and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks sap_fast/_C/*.so .venv/.kernels
 	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## ... and the environments too
@@ -73,6 +85,15 @@ distclean: clean ## ... and the environments too
 
 .venv/.stamp: constraints.txt $(SETUP_FILES)
 	$(call set_up,.venv,constraints.txt)
+
+# The C++ kernels lie beside their loader in the source tree, which is what the environment has installed. Without a
+# compiler they stay away, and the reference rules serve; the last line says which.
+.venv/.kernels: .venv/.stamp $(wildcard csrc/*)
+	@echo "Building the C++ kernels: once, for two minutes or so."
+	@mkdir -p build && .venv/bin/python setup.py build_ext --inplace > build/kernels.log 2>&1 || \
+		{ tail -n 20 build/kernels.log >&2; exit 1; }
+	@.venv/bin/python -c "from sap_fast import _C; print('C++ kernels:', _C.status)"
+	@touch $@
 
 .venv-oldest/.stamp: constraints-oldest.txt $(SETUP_FILES)
 	$(call set_up,.venv-oldest,constraints-oldest.txt,$(OLDEST_TRITON))
@@ -99,7 +120,7 @@ define set_up
 @echo "Setting up $(1) with the packages in $(2): once, for a minute or two."
 @mkdir -p $(1) && date +%s > $(1)/.unfinished
 @[ -x $(1)/bin/python ] || $(PYTHON) -m venv $(1)
-$(call pip_install,$(1),1/3 torch,-c $(2) $(shell grep '^torch==' $(2)))
+$(call pip_install,$(1),1/3 torch,-c $(2) $(shell grep '^torch==' $(2)) setuptools ninja)
 $(call pip_install,$(1),2/3 sap-fast and its tools,-c $(2) -e '.[test]')
 $(call pip_install,$(1),3/3 the demonstration model,--no-deps $(DEMO_MODEL) $(3))
 @echo "Done in $$(( $$(date +%s) - $$(cat $(1)/.unfinished) )) seconds."

@@ -61,6 +61,15 @@ def build_command() -> type:
             super().initialize_options()
             self.sanitize = False
 
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                # There is no compiler, or none that torch accepts.
+                if self.sanitize:
+                    raise
+                print(f"sap_fast._C was not built, so it will be missing: {error}", file=sys.stderr)
+
         def build_extension(self, extension: CppExtension) -> None:
             # The modules have the same sources, so each needs a folder of its own for its objects.
             kept, self.build_temp = self.build_temp, str(Path(self.build_temp) / extension.name)

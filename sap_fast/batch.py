@@ -55,6 +55,7 @@ def pack(
     device: torch.device,
     embeddings: int | None = None,
     name: str = "batch",
+    may_lack_labels: bool = False,
 ) -> Rows:
     """Check a batch and pack it.
 
@@ -62,6 +63,7 @@ def pack(
         vocab_size: of the output head, which bounds the labels.
         embeddings: rows of the embedding table, which bounds the token ids; ``vocab_size`` if None.
         name: what errors call the batch.
+        may_lack_labels: whether nothing to score is let pass, as in a part of a batch.
 
     Raises:
         BatchError: missing, unknown or misshapen entries; another device; token ids or labels out of range;
@@ -93,7 +95,7 @@ def pack(
     real = mask != 0
     # labels[:, t + 1] is predicted by row t; the first token of a sequence has no predecessor and is not scored.
     scored = (labels[:, 1:] != IGNORED) & real[:, :-1] & real[:, 1:]
-    _check_values(name, input_ids, labels, real, scored, (embeddings or vocab_size, vocab_size))
+    _check_values(name, input_ids, labels, real, scored, (embeddings or vocab_size, vocab_size), may_lack_labels)
 
     lengths = real.sum(1)
     row = real.flatten().cumsum(0).view_as(mask) - 1
@@ -111,7 +113,13 @@ def pack(
 
 
 def _check_values(
-    name: str, input_ids: Tensor, labels: Tensor, real: Tensor, scored: Tensor, limits: tuple[int, int]
+    name: str,
+    input_ids: Tensor,
+    labels: Tensor,
+    real: Tensor,
+    scored: Tensor,
+    limits: tuple[int, int],
+    may_lack_labels: bool,
 ) -> None:
     """Refuse bad values. All tests are made on the device and read in one copy."""
     embeddings, vocab_size = limits
@@ -149,11 +157,17 @@ def _check_values(
         )
     if padded:
         raise BatchError(f"{name} has {padded} labels where attention_mask is 0; set labels to {IGNORED} on padding")
-    if not kept:
+    if not kept and not may_lack_labels:
         raise BatchError(
             f"{name} has no scored token: all labels are {IGNORED} (or on a sequence's first token). "
             "Was the answer truncated away, or the whole text masked as prompt?"
         )
+
+
+def drawn(batch: Mapping[str, Tensor], sequences: list[int]) -> dict[str, Tensor]:
+    """Some sequences of a batch, in the order given."""
+    index = torch.tensor(sequences, device=batch["input_ids"].device)
+    return {key: x.index_select(0, index) for key, x in batch.items()}
 
 
 def pack_pairs(

@@ -46,6 +46,15 @@ class SAPConfig:
         counter: strength of ``guard="counter"``.
         restart: how ``"fresh"`` reaches its outer pass: ``"store"`` keeps what lies beneath the lowest probe,
             ``"recompute"`` runs it again, ``"auto"`` stores for one micro-batch and recomputes for several.
+        probe_every: the direction and the dual pass are taken in every so many steps; those in between are ordinary
+            passes in the presence of the probe last found.
+        direction_every: a direction is found in every so many steps, and used until the next is.
+        direction_min_cosine: if the cosine of a new direction with the one before it is less, directions are found
+            twice as often from then on; if not, half as often, up to ``direction_every``. None leaves the interval
+            alone. Reads one number from the device with each direction.
+        tangent_fraction: share of a batch's sequences, drawn anew in each step, that carry tangents. The probe's
+            gradient is then an unbiased estimate; that of the weights stays exact.
+        pairs_per_step: how many of the pairs given to a step are drawn for the direction; None is all of them.
         check: ``"now"`` looks at the step's numbers before ``.grad`` is written; ``"deferred"`` leaves a flag
             on the device and raises at the next step, without the guarantee that nothing was written.
 
@@ -67,6 +76,11 @@ class SAPConfig:
     probe_in_safety_pass: bool = False
     counter: float = 0.1
     restart: Literal["auto", "store", "recompute"] = "auto"
+    probe_every: int = 1
+    direction_every: int = 1
+    direction_min_cosine: float | None = None
+    tangent_fraction: float = 1.0
+    pairs_per_step: int | None = None
     check: Literal["now", "deferred"] = "now"
 
     def __post_init__(self) -> None:
@@ -81,6 +95,27 @@ class SAPConfig:
         for name in ("strength", "counter"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be finite and not negative, but is {getattr(self, name)}")
+        self._check_savings()
+
+    def _check_savings(self) -> None:
+        """Refuse what cannot save anything, or would change the method without saying so."""
+        for name in ("probe_every", "direction_every", "pairs_per_step"):
+            value = getattr(self, name)
+            if value is None and name == "pairs_per_step":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, but is {value!r}")
+        if not 0 < self.tangent_fraction <= 1:
+            raise ValueError(f"tangent_fraction must be more than 0 and at most 1, but is {self.tangent_fraction}")
+        if self.direction_min_cosine is not None and not -1 <= self.direction_min_cosine <= 1:
+            raise ValueError(f"direction_min_cosine must lie between -1 and 1, but is {self.direction_min_cosine}")
+        if not self.uses_probe and (self.probe_every > 1 or self.tangent_fraction < 1):
+            raise ValueError(
+                f"guard={self.guard!r} has no probe: leave probe_every and tangent_fraction at 1, and for fewer "
+                "directions set direction_every"
+            )
+        if self.gradient == "finite_difference" and self.tangent_fraction < 1:
+            raise ValueError("tangent_fraction belongs to gradient='dual': a finite difference has no tangents")
 
     @classmethod
     def released(cls, **changes: Any) -> "SAPConfig":

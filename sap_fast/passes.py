@@ -20,10 +20,15 @@ from sap_fast.probe import Probe
 
 @dataclass(frozen=True)
 class Micro:
-    """One packed micro-batch and the seed of its dropout masks, which all passes of a step share."""
+    """One packed micro-batch and the seed of its dropout masks, which all passes of a step share.
+
+    ``weight``: how many times its share in the tangents' results counts, where it stands for sequences without
+    tangents, too.
+    """
 
     rows: Rows
     seed: Tensor | None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,30 +59,36 @@ class Gradients:
         )
 
 
-def ordinary(decoder: Decoder, micros: Sequence[Micro], probe: Probe | None = None) -> Gradients:
+def ordinary(
+    decoder: Decoder, micros: Sequence[Micro], probe: Probe | None = None, *, scored: int | None = None
+) -> Gradients:
     """grad_theta L(theta, V) by an ordinary pass; V = 0 without a probe.
 
-    Yields ``loss`` and ``theta``.
+    Yields ``loss`` and ``theta``, and with a probe ``rms``.
+
+    Args:
+        scored: tokens that the mean is over; those of ``micros`` if None.
     """
-    scored = _scored(micros)
+    scored = _scored(micros) if scored is None else scored
 
     def share(micro: Micro) -> Gradients:
         run = decoder.start(micro.rows, micro.seed, probe=probe.singles() if probe else None)
         nll, _ = decoder.forward(run)
         loss = nll.sum() / scored
         grads = torch.autograd.grad(loss, list(decoder.trained.values()), allow_unused=True)
-        return _share(loss, theta=Flat.of(decoder.trained, grads))
+        return _share(loss, theta=Flat.of(decoder.trained, grads), rms=_rms(run, probe) if probe else None)
 
     return _sum(map(share, micros))
 
 
-def dual(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat) -> Gradients:
+def dual(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, *, scored: int | None = None) -> Gradients:
     """Everything at once, by one dual pass: the inner and the outer problem at the same probe.
 
     Args:
         u: the unit direction over all trained weights.
+        scored: tokens that the mean is over; those of ``micros`` if None.
     """
-    scored = _scored(micros)
+    scored = _scored(micros) if scored is None else scored
 
     def share(micro: Micro) -> Gradients:
         directions = {name: t.detach().requires_grad_() for name, t in u.items()}
@@ -86,9 +97,33 @@ def dual(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat) -> Gr
         loss, loss_dot = _mean(decoder.forward(run), scored)
         grads = torch.autograd.grad(loss_dot, [*directions.values(), *leaves.values()], allow_unused=True)
         theta = Flat.of(u, grads[: len(u)])
-        return _share(loss, loss_dot, theta, torch.stack(grads[len(u) :]), _rms(run, probe))
+        climb = torch.stack(grads[len(u) :])
+        return _share(loss, loss_dot * micro.weight, theta, climb * micro.weight, _rms(run, probe))
 
     return _sum(map(share, micros))
+
+
+def divided(decoder: Decoder, parts: Sequence[tuple[Micro, Micro]], probe: Probe, u: Flat) -> Gradients:
+    """What :func:`dual` yields, with tangents for some sequences only.
+
+    The loss and grad_theta L are those of all sequences. ``probe_dot`` and ``probe`` are estimates, unbiased where
+    the sequences with tangents are a random draw.
+
+    Args:
+        parts: of each micro-batch the sequences with tangents, which carry the weight, and the others.
+    """
+    chosen, others = (list(side) for side in zip(*parts, strict=True))
+    scored = _scored(chosen) + _scored(others)
+    with_tangents = dual(decoder, chosen, probe, u, scored=scored)
+    without = ordinary(decoder, others, probe, scored=scored)
+    theta = with_tangents.theta + without.theta
+    return replace(
+        with_tangents,
+        loss=with_tangents.loss + without.loss,
+        loss_dot=theta.dot(u),
+        theta=theta,
+        rms=torch.cat((with_tangents.rms, without.rms), 1),
+    )
 
 
 @dataclass(frozen=True)
@@ -103,17 +138,20 @@ class _Cut:
 
 
 def inner(
-    decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, *, keep: bool
+    decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, *, keep: bool, scored: int | None = None
 ) -> tuple[Gradients, list[_Cut]]:
     """grad_V L_dot alone: a dual pass whose backward ends at the lowest probe.
 
     Args:
         keep: whether to keep what lies beneath the lowest probe for :func:`restarted`.
+        scored: tokens that the mean is over; those of ``micros`` if None.
     """
-    scored, lowest, depth = _scored(micros), min(probe.layers), len(decoder.layers)
+    scored = _scored(micros) if scored is None else scored
+    lowest, depth = min(probe.layers), len(decoder.layers)
     cuts = []
 
     def share(micro: Micro) -> Gradients:
+        assert not keep or micro.weight == 1
         directions = {name: t.detach().requires_grad_(keep) for name, t in u.items()}
         leaves = probe.pairs()
         with torch.set_grad_enabled(keep):
@@ -129,7 +167,7 @@ def inner(
         grads = torch.autograd.grad(loss_dot, list(leaves.values()))
         if keep:
             cuts.append(_Cut(micro, directions, residual, update, (residual_dot, update_dot)))
-        return _share(loss, loss_dot, probe=torch.stack(grads), rms=_rms(above, probe))
+        return _share(loss, loss_dot * micro.weight, probe=torch.stack(grads) * micro.weight, rms=_rms(above, probe))
 
     return _sum(map(share, micros)), cuts
 

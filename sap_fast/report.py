@@ -25,6 +25,9 @@ class StepReport:
             pushes away from harm.
         probe_cosine: cosine of the probe in use with this step's ``grad_V L_dot``.
         probe_norm: norm of the probe in use, by layer.
+        found_direction, found_probe: whether this step found them, or went on with those of an earlier one. What is
+            measured in finding them (``safety_*``, ``saturated``, ``direction_*``; ``steering``, ``probe_cosine``)
+            is 0 otherwise.
         tokens, scored_tokens, safety_tokens: real tokens of the batch, those scored, those of the pairs.
 
     What a step has no use for is 0: without pairs, everything but the loss.
@@ -43,6 +46,8 @@ class StepReport:
     tokens: int
     scored_tokens: int
     safety_tokens: int
+    found_direction: bool
+    found_probe: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, read from the device in one copy; ``probe_norm`` is a dict by layer."""
@@ -50,5 +55,5 @@ class StepReport:
         stack = torch.stack([*scalars.values(), *self.probe_norm.values()]).double().tolist()
         numbers: dict[str, Any] = dict(zip(scalars, stack, strict=False))
         numbers["probe_norm"] = dict(zip(self.probe_norm, stack[len(scalars) :], strict=True))
-        counts = {"tokens", "scored_tokens", "safety_tokens"}
+        counts = {"tokens", "scored_tokens", "safety_tokens", "found_direction", "found_probe"}
         return numbers | {name: x for name, x in vars(self).items() if name in counts}

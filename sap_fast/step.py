@@ -5,7 +5,6 @@ and only then writes ``.grad`` and takes the new probe, so that a refused or int
 It never writes a weight.
 """
 
-import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +26,29 @@ from sap_fast.guard import guarded
 from sap_fast.integrity import Snapshot
 from sap_fast.passes import Gradients, Micro
 from sap_fast.probe import Probe
+from sap_fast.refusal import raise_if_refused
 from sap_fast.report import StepReport
+from sap_fast.rhythm import Rhythm
+from sap_fast.shares import some_pairs, some_tangents
 
 Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _State:
+    """What one step hands to the next."""
+
+    probe: Probe
+    direction: Flat | None  # u, as last found
+    rhythm: Rhythm
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A step's task batch: all of it, and, if only some of its sequences carry tangents, those and the others."""
+
+    micros: list[Micro]
+    parts: list[tuple[Micro, Micro]] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,8 +56,8 @@ class _Outcome:
     """A step's results, before any of them is written."""
 
     theta: Flat  # what goes to .grad
-    direction: Direction | None
-    probe: Probe  # to be used in the next step
+    direction: Direction | None  # if one was found
+    state: _State  # for the next step
     report: StepReport
 
 
@@ -47,8 +66,7 @@ class _Deferred:
     """A step's numbers, to be looked at in the next one, and what to go back to if they are refused."""
 
     seen: Tensor
-    probe: Probe
-    direction: Flat | None
+    state: _State
 
 
 class SAP:
@@ -60,13 +78,9 @@ class SAP:
         # Given up at detach, so that the handle does not keep the model's weights alive.
         self._attached: tuple[Decoder, Snapshot] | None = (decoder, Snapshot.of(model))
         self._layers = config.layers_of(len(decoder.layers)) if config.uses_probe else ()
-        self._probe = Probe.zeros(
-            self._layers,
-            decoder.hidden_size,
-            decoder.device,
-            torch.promote_types(decoder.embedding.weight.dtype, torch.float32),
-        )
-        self._direction: Flat | None = None
+        dtype = torch.promote_types(decoder.embedding.weight.dtype, torch.float32)
+        probe = Probe.zeros(self._layers, decoder.hidden_size, decoder.device, dtype)
+        self._state = _State(probe, None, Rhythm.of(config))
         self._deferred: _Deferred | None = None
         base = base_model(model)
         _mark(base)
@@ -76,7 +90,8 @@ class SAP:
     @property
     def probe(self) -> Mapping[int, Tensor]:
         """The probe that a lagged step would use next, by layer ``[d]``: copies."""
-        return {layer: v.clone() for layer, v in self._probe.by_layer(self._probe.vectors).items()}
+        probe = self._state.probe
+        return {layer: v.clone() for layer, v in probe.by_layer(probe.vectors).items()}
 
     @property
     def probe_layers(self) -> tuple[int, ...]:
@@ -93,7 +108,8 @@ class SAP:
                 -100 = not scored), or a sequence of such micro-batches: the loss is the mean over all their
                 scored tokens, with one direction and one probe update.
             pairs: the same keys with ``[2P, T]``, all chosen rows first, then all rejected; labels on answer
-                tokens only. None is plain fine-tuning: no direction, no probe.
+                tokens only. None is plain fine-tuning: no direction, no probe. Steps that find no direction
+                (``probe_every``, ``direction_every``) check them and do not read them.
 
         Returns:
             What was measured.
@@ -117,14 +133,22 @@ class SAP:
             raise ValueError("batch is an empty sequence; give at least one micro-batch")
         rows = [pack(b, **sizes, name=name) for b, name in zip(batches, names, strict=True)]
         pair_rows = None if pairs is None else pack_pairs(pairs, **sizes)
+        rhythm, config = self._state.rhythm, self.config
+        directs = pair_rows is not None and rhythm.directs(config)
+        probes = pair_rows is not None and rhythm.probes(config)
+        if pairs is not None and pair_rows is not None and directs and config.pairs_per_step is not None:
+            pair_rows = some_pairs(pairs, pair_rows, config.pairs_per_step, sizes)
         micros = [Micro(r, self._draw_seed()) for r in rows]
+        parts = None
+        if probes and config.tangent_fraction < 1:
+            parts = some_tangents(batches, micros, config.tangent_fraction, sizes, self._draw_seed)
 
         with decoder.installed(), torch.enable_grad():
             direction = None
-            if pair_rows is not None:
-                acting = self._probe.singles() if self.config.probe_in_safety_pass else {}
-                direction = harmful_direction(decoder, pair_rows, acting, self.config)
-            outcome = self._compute(micros, direction)
+            if pair_rows is not None and directs:
+                acting = self._state.probe.singles() if config.probe_in_safety_pass else {}
+                direction = harmful_direction(decoder, pair_rows, acting, config)
+            outcome = self._compute(_Task(micros, parts), direction, plain=pair_rows is None, probes=probes)
         self._check(outcome)
         self._commit(outcome)
         return outcome.report
@@ -158,9 +182,9 @@ class SAP:
             return
         deferred, self._deferred = self._deferred, None
         try:
-            _raise_if_refused(deferred.seen.tolist(), "Its gradient was written: zero it before going on")
+            raise_if_refused(deferred.seen.tolist(), "Its gradient was written: zero it before going on")
         except StepRefusedError:
-            self._probe, self._direction = deferred.probe, deferred.direction
+            self._state = deferred.state
             raise
 
     @property
@@ -190,51 +214,70 @@ class SAP:
             return None
         return torch.randint(2**31, (), device=decoder.device)
 
-    def _compute(self, micros: list[Micro], direction: Direction | None) -> _Outcome:
-        """Run the passes that the configuration asks for, then the guard."""
-        config, decoder, probe = self.config, self._decoder, self._probe
-        if direction is None:
-            gradients = passes.ordinary(decoder, micros)
-            used, found = probe.at_zero(), probe
-        elif not config.uses_probe:
-            gradients = passes.ordinary(decoder, micros)
-            gradients = replace(gradients, loss_dot=gradients.theta.dot(direction.u))
-            used, found = probe, probe
+    def _compute(self, task: _Task, direction: Direction | None, *, plain: bool, probes: bool) -> _Outcome:
+        """Run the passes that the configuration asks for, then the guard.
+
+        Args:
+            direction: if this step found one; else the last one is used.
+            plain: without pairs there is neither a direction nor a probe.
+            probes: whether this step finds a probe.
+        """
+        config, decoder, state = self.config, self._decoder, self._state
+        probe = state.probe
+        u = None if plain else direction.u if direction else state.direction
+        if u is None or not config.uses_probe or not probes:
+            acting = probe if u is not None and config.uses_probe else None
+            gradients = passes.ordinary(decoder, task.micros, acting)
+            used, found = acting or probe.at_zero(), probe
+            if u is not None:
+                gradients = replace(gradients, loss_dot=gradients.theta.dot(u))
         elif config.schedule == "lagged":
             # One pass is inner and outer at once: the gradient at the last step's probe, and the next probe.
             used = probe
-            gradients = self._inner_and_outer(micros, used, direction)
+            gradients = self._inner_and_outer(task, used, u)
             found = self._climb(gradients)
         else:
-            gradients, found = self._fresh(micros, direction)
+            gradients, found = self._fresh(task, u)
             used = found
 
-        theta = gradients.theta if direction is None else guarded(gradients.theta, direction.u, config)
-        return _Outcome(theta, direction, found, self._report(gradients, direction, used, micros))
+        theta = gradients.theta if u is None else guarded(gradients.theta, u, config)
+        report = self._report(gradients, direction, used, task.micros)
+        rhythm = state.rhythm if plain else state.rhythm.after(directed=direction is not None)
+        if direction is not None and state.direction is not None and config.direction_min_cosine is not None:
+            rhythm = rhythm.adapted(float(report.direction_cosine), config)
+        return _Outcome(theta, direction, _State(found, u if u is not None else state.direction, rhythm), report)
 
-    def _inner_and_outer(self, micros: list[Micro], probe: Probe, direction: Direction) -> Gradients:
+    def _inner_and_outer(self, task: _Task, probe: Probe, u: Flat) -> Gradients:
+        decoder = self._decoder
         if self.config.gradient == "finite_difference":
-            return passes.finite_difference(self._decoder, micros, probe, direction.u, self._alpha())
-        return passes.dual(self._decoder, micros, probe, direction.u)
+            return passes.finite_difference(decoder, task.micros, probe, u, self._alpha())
+        if task.parts is not None:
+            return passes.divided(decoder, task.parts, probe, u)
+        return passes.dual(decoder, task.micros, probe, u)
 
-    def _fresh(self, micros: list[Micro], direction: Direction) -> tuple[Gradients, Probe]:
+    def _fresh(self, task: _Task, u: Flat) -> tuple[Gradients, Probe]:
         """Find the probe from zero, then take the gradient in its presence."""
-        config, decoder, zero = self.config, self._decoder, self._probe.at_zero()
+        config, decoder, zero, micros = self.config, self._decoder, self._state.probe.at_zero(), task.micros
         if config.gradient == "finite_difference":
-            inner = passes.finite_difference(decoder, micros, zero, direction.u, self._alpha())
+            inner = passes.finite_difference(decoder, micros, zero, u, self._alpha())
+            found = self._climb(inner)
+            outer = passes.ordinary(decoder, micros, found)
+        elif task.parts is not None:
+            scored = sum(micro.rows.scored for micro in micros)
+            chosen = [part for part, _ in task.parts]
+            inner, _ = passes.inner(decoder, chosen, zero, u, keep=False, scored=scored)
             found = self._climb(inner)
             outer = passes.ordinary(decoder, micros, found)
         else:
             keep = config.restart == "store" or (config.restart == "auto" and len(micros) == 1)
-            inner, cuts = passes.inner(decoder, micros, zero, direction.u, keep=keep)
+            inner, cuts = passes.inner(decoder, micros, zero, u, keep=keep)
             found = self._climb(inner)
             outer = passes.restarted(decoder, cuts, found) if keep else passes.ordinary(decoder, micros, found)
-        slope = outer.theta.dot(direction.u)
-        return replace(inner, loss=outer.loss, theta=outer.theta, loss_dot=slope), found
+        return replace(inner, loss=outer.loss, theta=outer.theta, loss_dot=outer.theta.dot(u)), found
 
     def _climb(self, gradients: Gradients) -> Probe:
         alpha = self._alpha() if self.config.probe_update == "adamw" else None
-        return self._probe.climbed(gradients.probe_dot, gradients.rms, alpha, self.config)
+        return self._state.probe.climbed(gradients.probe_dot, gradients.rms, alpha, self.config)
 
     def _alpha(self) -> Tensor:
         """Length of the published perturbation: ``radius * |theta|`` over all trained weights."""
@@ -249,8 +292,8 @@ class SAP:
             steering = (used.vectors * gradients.probe_dot).sum()
             probe_cosine = _cosine(steering, used.vectors.norm(), gradients.probe_dot.norm())
         cosine = zero
-        if direction is not None and self._direction is not None:
-            cosine = direction.u.dot(self._direction)
+        if direction is not None and self._state.direction is not None:
+            cosine = direction.u.dot(self._state.direction)
         return StepReport(
             loss=gradients.loss,
             loss_dot=gradients.loss_dot,
@@ -265,25 +308,27 @@ class SAP:
             tokens=sum(m.rows.tokens for m in micros),
             scored_tokens=sum(m.rows.scored for m in micros),
             safety_tokens=direction.tokens if direction else 0,
+            found_direction=direction is not None,
+            found_probe=bool(gradients.probe_dot.numel()),
         )
 
     def _check(self, outcome: _Outcome) -> None:
         """Refuse unusable numbers: at once, or, deferred, at the next step (the flag stays on the device)."""
         one = torch.ones_like(outcome.report.loss)
-        numbers = [outcome.report.loss, outcome.theta.norm(), outcome.probe.vectors.norm()]
+        numbers = [outcome.report.loss, outcome.theta.norm(), outcome.state.probe.vectors.norm()]
         direction = outcome.direction
         numbers += [direction.norm, direction.margin, direction.saturated] if direction else [one, one, 0 * one]
         seen = torch.stack(numbers).double()
         if self.config.check == "deferred":
-            self._deferred = _Deferred(seen, self._probe, self._direction)
+            self._deferred = _Deferred(seen, self._state)
         else:
-            _raise_if_refused(seen.tolist(), "Nothing was written")
+            raise_if_refused(seen.tolist(), "Nothing was written")
 
     def _commit(self, outcome: _Outcome) -> None:
         """Write ``.grad`` and take the new probe: all of it, or none if interrupted."""
         trained = self._decoder.trained
         before = {name: p.grad for name, p in trained.items()}
-        kept = self._probe, self._direction
+        kept = self._state
         total = outcome.theta
         if any(old is not None for old in before.values()):
             total = total + Flat.of(total, [before[name] for name in total])
@@ -292,13 +337,11 @@ class SAP:
         try:
             for name, parameter in trained.items():
                 parameter.grad = after[name]
-            self._probe = outcome.probe
-            if outcome.direction is not None:
-                self._direction = outcome.direction.u
+            self._state = outcome.state
         except BaseException:
             for name, parameter in trained.items():
                 parameter.grad = before[name]
-            self._probe, self._direction = kept
+            self._state = kept
             raise
 
 
@@ -347,33 +390,3 @@ def _unmark(reference: weakref.ref[nn.Module]) -> None:
 
 def _cosine(product: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a * b > 0, product / (a * b), torch.zeros_like(product))
-
-
-def _raise_if_refused(seen: list[float], consequence: str) -> None:
-    loss, gradient, probe, direction, margin, saturated = seen
-    finite = [math.isfinite(x) for x in seen]
-    problem = None
-    if not finite[3] or not finite[4]:
-        problem = (
-            f"the harmful direction is not finite (norm {direction}, safety margin {margin}): look at the pairs and at "
-            "the weights; a smaller learning rate or strength avoids overflow"
-        )
-    elif direction == 0 and not saturated:
-        problem = (
-            "the harmful direction is zero: no trained weight receives a gradient from the pairs. Is lora_B zero and "
-            "frozen?"
-        )
-    elif direction == 0:
-        problem = (
-            f"the harmful direction is zero: {saturated:.0%} of the pairs are saturated at a mean margin of "
-            f"{margin:.4g} nats. safety_loss='difference' does not saturate; per_token=True or a larger temperature "
-            "also help"
-        )
-    elif not finite[0]:
-        problem = f"the loss is {loss}"
-    elif not finite[1] or not finite[2]:
-        problem = (
-            f"the gradient (norm {gradient}) or the probe (norm {probe}) is not finite although the loss is {loss:.4g}"
-        )
-    if problem is not None:
-        raise StepRefusedError(f"the step is refused: {problem}. {consequence}")

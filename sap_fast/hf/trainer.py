@@ -21,6 +21,13 @@ logger = logging.get_logger(__name__)
 
 # What is logged of a step, as sap/<name>; the mean over the steps since the last log.
 _LOGGED = ("steering", "safety_margin", "safety_loss", "direction_cosine", "loss_dot")
+# What only a step that found a direction, or a probe, has measured.
+_MEASURED_BY = {
+    "safety_margin": "found_direction",
+    "safety_loss": "found_direction",
+    "direction_cosine": "found_direction",
+    "steering": "found_probe",
+}
 
 
 class SAPTrainer(Trainer):
@@ -227,8 +234,14 @@ def _as_dicts(data: Encoded) -> list[dict[str, list[int]]]:
 
 
 def _means(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
-    rows = [{name: r[name] for name in _LOGGED} | {"probe_norm": _norm(r["probe_norm"].values())} for r in reports]
-    return {f"sap/{name}": sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    """Means over the steps that measured a thing."""
+    rows = [r | {"probe_norm": _norm(r["probe_norm"].values())} for r in reports]
+    means = {}
+    for name in (*_LOGGED, "probe_norm"):
+        found = [row[name] for row in rows if name not in _MEASURED_BY or row[_MEASURED_BY[name]]]
+        if found:
+            means[f"sap/{name}"] = sum(found) / len(found)
+    return means
 
 
 def _norm(norms: Any) -> float:

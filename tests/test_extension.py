@@ -1,5 +1,6 @@
 """The C++ kernels as a module: what is loaded, what stands in where it cannot be, and how many threads may run."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -82,6 +83,18 @@ def test_threads_change_no_bit(op: OpCases, case: Case, dtype: torch.dtype) -> N
         assert_agrees(first, alone, tolerance=4 * torch.finfo(dtype).eps)
     else:
         assert all(torch.equal(alone[name], first[name]) for name in alone)
+
+
+@pytest.mark.skipif("avx512" not in _C.status, reason="there is one capability here, which every test uses")
+def test_the_smaller_capability_keeps_the_contract() -> None:
+    tests = ["tests/test_ops.py", "-k", "test_agrees_with_the_oracle and cpu or test_rounding and cpu", "-q"]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    code = "from sap_fast import _C; print(_C.status)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.startswith("avx2")
+    done = subprocess.run([sys.executable, "-m", "pytest", *tests], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 100
 
 
 @needs_extension

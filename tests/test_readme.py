@@ -87,7 +87,7 @@ def test_the_figures_are_those_of_the_results() -> None:
     """The tables' dual and published rows, cell by cell, against the run that the README names."""
     text = README.read_text(encoding="utf-8")
     named = re.findall(r"`benchmarks/results/([\w.-]+\.json)`", text)
-    runs = {name.removesuffix("-cpu-2026-11-21.json"): json.loads((RESULTS / name).read_text()) for name in named}
+    runs = {name.partition("-cpu-")[0]: json.loads((RESULTS / name).read_text()) for name in named}
     rows = [row for row in runs["fidelity"]["rows"] if row["truth"] == "float32 weights"]
     for start, gradient, dtype, radius in (
         ("| **finite difference, bfloat16, 2e-5", "finite difference", "bfloat16", 2e-5),
@@ -100,6 +100,24 @@ def test_the_figures_are_those_of_the_results() -> None:
         assert [cell.strip().replace("**", "") for cell in line.split("|")[2:-1]] == cells
     for row in runs["steering"]["rows"]:
         assert re.search(rf"\| {row['strength']:g} \| {row['task_loss']:.3f} \| \{row['slope_change']:+.3f}", text)
+
+
+def test_speed_on_the_cpu_is_that_of_the_recorded_runs() -> None:
+    text = README.read_text(encoding="utf-8")
+    step, ops = (
+        json.loads((RESULTS / name).read_text())
+        for prefix in ("step", "ops")
+        for name in re.findall(rf"`benchmarks/results/({prefix}-cpu[\w.-]+\.json)`", text)
+    )
+    for row in step["rows"]:
+        if row["contender"] == "lagged":
+            cells = f"{row['dtype']} | [0-9.]+ s | {row['ms'] / 1e3:.2f} s | \\*\\*{row['ratio_to_published_tidy']:.2f}"
+            assert re.search(cells, text), cells
+    for row in ops["rows"]:
+        if row["dtype"] == "float32":
+            faster = row["times_faster_than"]
+            (line,) = [line for line in text.splitlines() if line.startswith(f"| `{row['op']}` {row['pass']} |")]
+            assert f"| {faster['eager']:.1f} | {faster['reference']:.1f} |" in line
 
 
 def test_the_demonstration_is_the_recorded_run() -> None:

@@ -10,6 +10,7 @@ Start reading at ``sap_fast/dual.py``.
 
 from sap_fast.config import SAPConfig
 from sap_fast.errors import BatchError, StepRefusedError, UnsupportedModelError
+from sap_fast.profile import Profile, profile
 from sap_fast.report import StepReport
 from sap_fast.step import SAP, attach
 
@@ -18,9 +19,11 @@ __version__ = "0.1.0"
 __all__ = [
     "SAP",
     "BatchError",
+    "Profile",
     "SAPConfig",
     "StepRefusedError",
     "StepReport",
     "UnsupportedModelError",
     "attach",
+    "profile",
 ]

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -259,6 +259,9 @@ class Decoder:
         adapted = [p for layer in self.layers for p in layer.projections if p.adapter]
         drops = [p.lora.lora_dropout[p.adapter] for p in adapted]
         return any(isinstance(drop, nn.Dropout) and drop.training and drop.p > 0 for drop in drops)
+
+    def enter(self, part: Literal["direction", "task", "update", "write"]) -> None:
+        """Called where a part of a step begins. Nothing happens here; a profiler's decoder takes the time."""
 
     @contextmanager
     def installed(self) -> Iterator[None]:

@@ -146,6 +146,7 @@ class SAP:
         with decoder.installed(), torch.enable_grad():
             direction = None
             if pair_rows is not None and directs:
+                decoder.enter("direction")
                 acting = self._state.probe.singles() if config.probe_in_safety_pass else {}
                 direction = harmful_direction(decoder, pair_rows, acting, config)
             outcome = self._compute(_Task(micros, parts), direction, plain=pair_rows is None, probes=probes)
@@ -223,6 +224,7 @@ class SAP:
             probes: whether this step finds a probe.
         """
         config, decoder, state = self.config, self._decoder, self._state
+        decoder.enter("task")
         probe = state.probe
         u = None if plain else direction.u if direction else state.direction
         if u is None or not config.uses_probe or not probes:
@@ -240,6 +242,7 @@ class SAP:
             gradients, found = self._fresh(task, u)
             used = found
 
+        decoder.enter("update")
         theta = gradients.theta if u is None else guarded(gradients.theta, u, config)
         report = self._report(gradients, direction, used, task.micros)
         rhythm = state.rhythm if plain else state.rhythm.after(directed=direction is not None)
@@ -276,6 +279,7 @@ class SAP:
         return replace(inner, loss=outer.loss, theta=outer.theta, loss_dot=outer.theta.dot(u)), found
 
     def _climb(self, gradients: Gradients) -> Probe:
+        self._decoder.enter("update")
         alpha = self._alpha() if self.config.probe_update == "adamw" else None
         return self._state.probe.climbed(gradients.probe_dot, gradients.rms, alpha, self.config)
 
@@ -326,6 +330,7 @@ class SAP:
 
     def _commit(self, outcome: _Outcome) -> None:
         """Write ``.grad`` and take the new probe: all of it, or none if interrupted."""
+        self._decoder.enter("write")
         trained = self._decoder.trained
         before = {name: p.grad for name, p in trained.items()}
         kept = self._state

@@ -1,4 +1,4 @@
-"""``sap-fast train | eval | demo | info``."""
+"""``sap-fast train | eval | profile | demo | info``."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from sap_fast.errors import BatchError, DataError, StepRefusedError, Unsupported
 _COMMANDS = {
     "train": "fine-tune a model on your data, with Safety-Aware Probing",
     "eval": "measure one or several models: refusals, over-refusal, task loss",
+    "profile": "see where the time of your training step goes, and what would cut it",
     "demo": "see it work on a small model, on a CPU if need be",
     "info": "versions, devices, and which backend serves each operation",
 }
@@ -53,5 +54,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = "\n".join(f"  {name:6} {what}" for name, what in _COMMANDS.items())
+    lines = "\n".join(f"  {name:7} {what}" for name, what in _COMMANDS.items())
     return f"usage: sap-fast COMMAND [CONFIG.yaml] [--flag ...]\n\n{lines}\n\nsap-fast COMMAND --help lists its flags."

@@ -1,0 +1,56 @@
+"""Takes the time of phases: on a GPU by events on its stream, which nobody waits for, on a CPU by the clock."""
+
+import time
+from typing import Any
+
+import torch
+
+
+class Clock:
+    """The time from its making, phase by phase, until :meth:`seconds` is asked for.
+
+    Args:
+        device: where the work is done. On a GPU, time between two phases' beginnings on the stream that was current
+            when the clock was made; it includes what the GPU waits for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._marks: list[tuple[str, Any]] = []
+
+    def begin(self, phase: str) -> None:
+        """A phase begins, and the one before it ends."""
+        self._marks.append((phase, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase, added up where a phase came more than once; the last one ends now."""
+        ends = [at for _, at in self._marks[1:]] + [self._now()]
+        if self._stream is not None:
+            self._stream.synchronize()
+        found: dict[str, float] = {}
+        for (phase, start), end in zip(self._marks, ends, strict=True):
+            found[phase] = found.get(phase, 0.0) + self._between(start, end)
+        return found
+
+    def _now(self) -> Any:
+        if self._stream is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        return end - start if self._stream is None else 1e-3 * start.elapsed_time(end)
+
+
+def seconds_of(device: torch.device, step: Any) -> float:
+    """Seconds of ``step()``, waiting for the device before and after it, and not within."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,116 @@
+"""Floating-point operations of one op's matrix products, from the shapes of what it is given.
+
+The library's own ops are counted by the products that their rules ask for (``sap_fast/dual.py``), a multiply and an
+add as two; ops that only read and write rows count nothing. For PyTorch's ops its own formulas are used
+(``torch.utils.flop_counter``), which count a causal attention's masked half as well.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+Named = dict[str, Any]
+
+
+def matrix_flops(op: Any, args: Sequence[Any], kwargs: Named, out: Any) -> int:
+    """FLOPs of one call.
+
+    Args:
+        op: an ``OpOverload``, as a dispatch mode is given it.
+
+    Raises:
+        KeyError: an op of the library's for which there is no formula here.
+    """
+    from torch.utils.flop_counter import flop_registry, sdpa_flop_count  # which imports Triton
+
+    library, _, name = op._schema.name.partition("::")
+    if library == "sap_fast":
+        names = [argument.name for argument in op._schema.arguments]
+        return _OWN[name](dict(zip(names, args, strict=False)) | kwargs)
+    if name == "_scaled_dot_product_flash_attention_for_cpu":
+        return sdpa_flop_count(*(x.shape for x in args[:3]))
+    if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
+        # The scores again, and four products more.
+        return 5 * sdpa_flop_count(*(x.shape for x in args[1:4])) // 2
+    formula = flop_registry.get(op._overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+def _lora_linear(named: Named) -> int:
+    halves, rows, width = named["x"].shape
+    # Of a pair: B A x; B A x_dot, B_dot A x, B A_dot x, which share their last product.
+    products = 1 if halves == 1 else 3
+    total = 0
+    for weight, a in zip(named["weight"], named["a"], strict=True):
+        total += halves * rows * weight.numel()
+        total += 0 if a is None else products * rows * a.shape[0] * (width + weight.shape[0])
+    return 2 * total
+
+
+def _lora_linear_backward(named: Named) -> int:
+    rows, width = named["x"].shape[1:]
+    total = 0
+    for dy, weight, a in zip(named["dy"], named["weight"], named["a"], strict=True):
+        full = dy.shape[0] == 2
+        total += dy.shape[0] * rows * weight.numel() * named["need_dx"]
+        if a is not None:
+            # dy B, its product with A, x A^T, and the gradients of A and B; in full mode the other cotangent's too.
+            total += rows * a.shape[0] * ((4 if full else 2) * weight.shape[0] + (5 if full else 3) * width)
+    return 2 * total
+
+
+def _attended(named: Named) -> int:
+    """How many scores the mask leaves, over all sequences."""
+    ends, used, window = named["cu_seqlens"].tolist(), named["seqused"], named["window"]
+    lengths = [end - start for start, end in pairwise(ends)] if used is None else used.tolist()
+    total = 0
+    for n in lengths:
+        seen = min(n, window) if window else n
+        # The first rows see all before them, each of the others `seen` keys.
+        total += seen * (seen + 1) // 2 + (n - seen) * seen
+    return total
+
+
+def _attention(products: int, of_pair: int, count: str) -> Callable[[Named], int]:
+    def flops(named: Named) -> int:
+        heads, head_dim = named["q"].shape[2:]
+        return 2 * (of_pair if named[count].shape[0] == 2 else products) * _attended(named) * heads * head_dim
+
+    return flops
+
+
+def _head(named: Named) -> int:
+    return 2 * named["x"].shape[0] * named["x"].shape[1] * named["weight"].numel()
+
+
+def _head_backward(named: Named) -> int:
+    # The logits are formed again.
+    return 4 * named["dnll"].shape[0] * named["dnll"].shape[1] * named["weight"].numel()
+
+
+def _none(named: Named) -> int:
+    return 0
+
+
+_ROW_WISE = (
+    "glu",
+    "glu_backward",
+    "glu_backward_",
+    "probe_rms_norm",
+    "probe_rms_norm_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotary",
+    "rotary_backward",
+)
+_OWN: dict[str, Callable[[Named], int]] = {
+    **dict.fromkeys(_ROW_WISE, _none),
+    "lora_linear": _lora_linear,
+    "lora_linear_backward": _lora_linear_backward,
+    # q k^T and p v; of a pair also those with a tangent on each side.
+    "attention": _attention(2, 6, "q"),
+    # The scores again, and those of dp, dq, dk, dv.
+    "attention_backward": _attention(5, 15, "do"),
+    "linear_cross_entropy": _head,
+    "linear_cross_entropy_backward": _head_backward,
+}

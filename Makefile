@@ -92,6 +92,7 @@ distclean: clean ## ... and the environments too
 	@echo "Building the C++ kernels: once, for two minutes or so."
 	@mkdir -p build && .venv/bin/python setup.py build_ext --inplace > build/kernels.log 2>&1 || \
 		{ tail -n 20 build/kernels.log >&2; exit 1; }
+	@grep "was not built" build/kernels.log || true
 	@.venv/bin/python -c "from sap_fast import _C; print('C++ kernels:', _C.status)"
 	@touch $@
 

@@ -66,9 +66,7 @@ def build_command() -> type:
                 super().build_extensions()
             except Exception as error:
                 # There is no compiler, or none that torch accepts.
-                if self.sanitize:
-                    raise
-                print(f"sap_fast._C was not built, so it will be missing: {error}", file=sys.stderr)
+                self.leave_out(self.extensions, error)
 
         def build_extension(self, extension: CppExtension) -> None:
             # The modules have the same sources, so each needs a folder of its own for its objects.
@@ -80,11 +78,18 @@ def build_command() -> type:
                 super().build_extension(extension)
             except Exception as error:
                 # Whatever the compiler or the helper raises: the library is complete without this module.
-                if self.sanitize:
-                    raise
-                print(f"{extension.name} was not built, so it will be missing: {error}", file=sys.stderr)
+                self.leave_out([extension], error)
             finally:
                 self.build_temp = kept
+
+        def leave_out(self, extensions: list, error: Exception) -> None:
+            """Go on without modules, an earlier build's of the same name included."""
+            if self.sanitize:
+                raise error
+            for extension in extensions:
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+                Path(self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+                print(f"{extension.name} was not built, so it will be missing: {error}", file=sys.stderr)
 
     return Build
 

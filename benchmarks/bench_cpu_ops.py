@@ -1,6 +1,6 @@
 """Times every op's C++ kernels on the CPU against the rules they replace and against the pair's formula in PyTorch.
 
-    python -m benchmarks.cpu --out DIR     # all of it, as tables
+    python -m benchmarks.cpu --json result.json     # all of it, as a table
     pytest benchmarks/bench_cpu_ops.py -k "glu and float32"
 
 At the widths of the demonstration's model and of Llama-2-7B, 1024 rows, as ``cases.py`` has them for benchmarks. A

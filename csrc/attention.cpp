@@ -5,7 +5,6 @@
 // what it needs of them instead of taking it from o. Memory is linear in the sequence.
 #include "common.h"
 
-#include <algorithm>
 #include <atomic>
 
 namespace sap_fast {
@@ -137,16 +136,16 @@ std::pair<C, C> softmax(C* s, C* s_dot, int64_t begin, int64_t end, int64_t keys
     largest = V::set(largest, at::vec::maximum(largest, V::loadu(s + begin + j, count)), count);
   });
   const C top = at::vec::vec_reduce_all<C>([](V& a, V& b) { return at::vec::maximum(a, b); }, largest);
-  V total(C(0)), total_dot(C(0));
+  Total<C> total, total_dot;
   lanes<C>(end - begin, [&](int64_t j, auto count) {
     const V p = V::set(V(C(0)), (V::loadu(s + begin + j, count) - V(top)).exp(), count);
-    total = total + p;
+    total.add(p);
     p.store(s + begin + j, count);
     if (s_dot != nullptr) {
-      total_dot = at::vec::fmadd(p, V::loadu(s_dot + begin + j, count), total_dot);
+      total_dot.add(p * V::loadu(s_dot + begin + j, count));
     }
   });
-  const C whole = sum(total), mu = sum(total_dot) / whole;
+  const C whole = total.value(), mu = total_dot.value() / whole;
   const V share(C(1) / whole);
   lanes<C>(end - begin, [&](int64_t j, auto count) {
     const V p = V::loadu(s + begin + j, count) * share;
@@ -177,22 +176,22 @@ template <class C>
 void pull_back(const Row<C>& row, C lse, C mu, int64_t begin, int64_t end, int64_t keys) {
   using V = Vec<C>;
   const bool full = row.s_dot != nullptr;
-  V p_sum(C(0)), rate_sum(C(0)), delta_sum(C(0)), delta_dot_sum(C(0));
+  Total<C> p_sum, rate_sum, delta_sum, delta_dot_sum;
   lanes<C>(end - begin, [&](int64_t k, auto count) {
     const int64_t j = begin + k;
     const V p = V::set(V(C(0)), (V::loadu(row.s + j, count) - V(lse)).exp(), count);
     const V dp_dot = V::loadu(row.dp_dot + j, count);
     p.store(row.s + j, count);
-    p_sum = p_sum + p;
-    delta_dot_sum = at::vec::fmadd(p, dp_dot, delta_dot_sum);
+    p_sum.add(p);
+    delta_dot_sum.add(p * dp_dot);
     if (full) {
       const V rate = V::loadu(row.s_dot + j, count) - V(mu);
-      rate_sum = at::vec::fmadd(p, rate, rate_sum);
-      delta_sum = at::vec::fmadd(p, at::vec::fmadd(rate, dp_dot, V::loadu(row.dp + j, count)), delta_sum);
+      rate_sum.add(p * rate);
+      delta_sum.add(p * at::vec::fmadd(rate, dp_dot, V::loadu(row.dp + j, count)));
     }
   });
-  const C share = C(1) / sum(p_sum), mean_rate = share * sum(rate_sum), delta_dot = share * sum(delta_dot_sum);
-  const C delta = share * sum(delta_sum) - mean_rate * delta_dot;
+  const double whole = p_sum.value(), mean = rate_sum.value() / whole, slope = delta_dot_sum.value() / whole;
+  const C share = 1 / whole, mean_rate = mean, delta_dot = slope, delta = delta_sum.value() / whole - mean * slope;
   lanes<C>(end - begin, [&](int64_t k, auto count) {
     const int64_t j = begin + k;
     const V p = V::loadu(row.s + j, count) * V(share), rest_dot = V::loadu(row.dp_dot + j, count) - V(delta_dot);
@@ -211,21 +210,23 @@ void pull_back(const Row<C>& row, C lse, C mu, int64_t begin, int64_t end, int64
   }
 }
 
-void check(const Tensor& q, const Tensor& k, const Tensor& v) {
+void check(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window) {
+  TORCH_CHECK(window >= 0, "window must be at least 1, or 0 for none, but is ", window);
   for (const auto& [name, x] : {std::pair("q", q), std::pair("k", k), std::pair("v", v)}) {
     check_stack(name, x, 4);
     TORCH_CHECK(x.scalar_type() == q.scalar_type(), name, " must be ", q.scalar_type(), ", but is ", x.scalar_type());
   }
   TORCH_CHECK(k.sizes() == v.sizes() && q.size(0) == k.size(0) && q.size(1) == k.size(1) && q.size(3) == k.size(3),
               "q, k and v do not fit: ", q.sizes(), ", ", k.sizes(), ", ", v.sizes());
-  TORCH_CHECK(k.size(2) >= 1 && q.size(2) % k.size(2) == 0, "heads must be a multiple of kv_heads, but are ", q.size(2),
+  TORCH_CHECK(k.size(2) >= 1 && q.size(2) >= 1 && q.size(2) % k.size(2) == 0, "heads must be a multiple of kv_heads, but are ", q.size(2),
               " and ", k.size(2));
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                                      const std::optional<Tensor>& seqused, int64_t max_seqlen, double scale,
                                      int64_t window) {
-  check(q, k, v);
+  const WithoutAutocast guard;
+  check(q, k, v, window);
   const bool pair = q.size(0) == 2;
   const int64_t rows = q.size(1), heads = q.size(2), group = heads / k.size(2);
   const auto sequences = sequences_of(cu_seqlens, seqused, rows, max_seqlen);
@@ -276,7 +277,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, const T
                                                       const Tensor& v, const Tensor& /*o*/, const Tensor& lse_in,
                                                       const Tensor& cu_seqlens, const std::optional<Tensor>& seqused,
                                                       int64_t max_seqlen, double scale, int64_t window) {
-  check(q, k, v);
+  const WithoutAutocast guard;
+  check(q, k, v, window);
   check_stack("do", d_o, 4);
   const int64_t n = d_o.size(0), last = n - 1, rows = q.size(1), heads = q.size(2), group = heads / k.size(2);
   const bool full = n == 2;

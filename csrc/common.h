@@ -19,10 +19,14 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace sap_fast {
@@ -61,20 +65,41 @@ inline void store(T* p, const Vec<T>& x, int64_t count) {
   }
 }
 
-// x rounded to storage and widened again: what a later reader of it will see.
-template <class T>
-inline Vec<T> rounded(const Vec<T>& x) {
-  if constexpr (std::is_same_v<T, compute_t<T>>) {
-    return x;
-  } else {
-    return at::vec::convert<compute_t<T>>(at::vec::convert<T>(x));
-  }
-}
-
 template <class V>
 inline typename V::value_type sum(const V& x) {
   return at::vec::vec_reduce_all<typename V::value_type>([](V& a, V& b) { return a + b; }, x);
 }
+
+// A long sum. Lanes add up a few vectors, whose sum goes to a double: a lane that holds a 1 would drop all that is less
+// than half an eps of it, and a softmax over a vocabulary can have most of its tail there.
+template <class T>
+class Total {
+ public:
+  void add(const Vec<T>& x) {
+    lanes_ = lanes_ + x;
+    if (++count_ == kFold) {
+      fold();
+    }
+  }
+
+  double value() {
+    fold();
+    return folded_;
+  }
+
+ private:
+  static constexpr int kFold = 16;
+
+  void fold() {
+    folded_ += static_cast<double>(sum(lanes_));
+    lanes_ = Vec<T>(compute_t<T>(0));
+    count_ = 0;
+  }
+
+  Vec<T> lanes_ = Vec<T>(compute_t<T>(0));
+  double folded_ = 0;
+  int count_ = 0;
+};
 
 // f(offset, count) over [0, d), a vector at a time; the count of whole vectors is known to the compiler.
 template <class T, class F>
@@ -95,10 +120,24 @@ inline void parallel_rows(int64_t rows, int64_t width, const F& f) {
   at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)), f);
 }
 
+// f(first, last) over [0, size), in parallel, cut between whole vectors: where a loop ends decides how the compiler rounds.
+template <class T, class F>
+inline void parallel_lanes(int64_t size, const F& f) {
+  constexpr int64_t width = Vec<T>::size();
+  parallel_rows((size + width - 1) / width, width, [&](int64_t first, int64_t last) {
+    f(first * width, std::min(size, last * width));
+  });
+}
+
 // The weight of a norm as it multiplies, in the compute dtype.
 inline Tensor gain_of(const Tensor& weight, double offset, at::ScalarType dtype) {
   return weight.to(dtype).add(offset).contiguous();
 }
+
+// ATen's products would be autocast inside a kernel, whose dtypes are settled.
+struct WithoutAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
 
 inline void check_stack(const char* name, const Tensor& x, int64_t dims) {
   TORCH_CHECK(x.dim() == dims && x.size(0) >= 1 && x.size(0) <= 2,

@@ -1,6 +1,8 @@
 // Gated linear units of a pair: sap_fast::glu and its backward, fresh or into the buffers of gate and up.
 #include "common.h"
 
+#include <ATen/MemoryOverlap.h>
+
 namespace sap_fast {
 namespace {
 
@@ -64,7 +66,7 @@ Tensor glu(const Tensor& gate_in, const Tensor& up_in, c10::string_view activati
     const auto* pu = up.const_data_ptr<scalar_t>();
     auto* py = y.mutable_data_ptr<scalar_t>();
     with_activation<V>(activation, [&](auto act) {
-      parallel_rows(half, 1, [&](int64_t first, int64_t last) {
+      parallel_lanes<scalar_t>(half, [&](int64_t first, int64_t last) {
         lanes<scalar_t>(last - first, [&](int64_t j, auto count) {
           const int64_t o = first + j;
           V s, s1, s2;
@@ -102,7 +104,7 @@ void pull_back(const Tensor& dy_in, const Tensor& gate, const Tensor& up, const 
     auto* pdg = dgate.mutable_data_ptr<scalar_t>();
     auto* pdu = dup.mutable_data_ptr<scalar_t>();
     with_activation<V>(activation, [&](auto act) {
-      parallel_rows(half, 1, [&](int64_t first, int64_t last) {
+      parallel_lanes<scalar_t>(half, [&](int64_t first, int64_t last) {
         lanes<scalar_t>(last - first, [&](int64_t j, auto count) {
           const int64_t o = first + j;
           V s, s1, s2;
@@ -139,6 +141,9 @@ void glu_backward_(const Tensor& dy, Tensor gate, Tensor up, c10::string_view ac
     pull_back(dy, gate, up, gate, up, activation);
     return;
   }
+  // Nothing is written that cannot all be written.
+  at::assert_no_internal_overlap(gate);
+  at::assert_no_internal_overlap(up);
   const auto [dgate, dup] = glu_backward(dy, gate, up, activation);
   gate.narrow(0, 0, dy.size(0)).copy_(dgate);
   up.narrow(0, 0, dy.size(0)).copy_(dup);

@@ -1,5 +1,5 @@
 // Output head and cross-entropy of a pair: ATen's products with the head, chunk by chunk of rows, and what lies between.
-#include "common.h"
+#include "head.h"
 
 namespace sap_fast {
 namespace {
@@ -11,31 +11,31 @@ int64_t chunk_rows(int64_t vocab) {
   return std::max<int64_t>(64, kChunk / std::max<int64_t>(1, vocab));
 }
 
-// z W^T of rows [first, last) of the first `halves` halves, in the compute dtype: [halves * count, vocab].
-Tensor logits(const Tensor& x, int64_t halves, int64_t first, int64_t last, const Tensor& wide_weight) {
+// Logits of rows [first, last) of the first `halves` halves, in the compute dtype: [halves * count, vocab].
+Tensor logits(const Tensor& x, int64_t halves, int64_t first, int64_t last, const Head& head) {
   const auto part = x.narrow(0, 0, halves).narrow(1, first, last - first);
-  return at::mm(part.reshape({-1, x.size(2)}).to(wide_weight.scalar_type()), wide_weight.t());
+  return head.logits(part.reshape({-1, x.size(2)}).contiguous());
 }
 
-// One row: lse = log sum exp z, lse_dot = sum p z_dot (0 where z_dot is null).
+// One row: lse = log sum exp z in double, lse_dot = sum p z_dot (0 where z_dot is null).
 template <class C>
-std::pair<C, C> log_sum_exp(const C* z, const C* z_dot, int64_t vocab) {
+std::pair<double, C> log_sum_exp(const C* z, const C* z_dot, int64_t vocab) {
   using V = Vec<C>;
   V largest(-std::numeric_limits<C>::infinity());
   lanes<C>(vocab, [&](int64_t j, auto count) {
     largest = V::set(largest, at::vec::maximum(largest, V::loadu(z + j, count)), count);
   });
   const C top = at::vec::vec_reduce_all<C>([](V& a, V& b) { return at::vec::maximum(a, b); }, largest);
-  V total(C(0)), total_dot(C(0));
+  Total<C> total, total_dot;
   lanes<C>(vocab, [&](int64_t j, auto count) {
     const V p = V::set(V(C(0)), (V::loadu(z + j, count) - V(top)).exp(), count);
-    total = total + p;
+    total.add(p);
     if (z_dot != nullptr) {
-      total_dot = at::vec::fmadd(p, V::loadu(z_dot + j, count), total_dot);
+      total_dot.add(p * V::loadu(z_dot + j, count));
     }
   });
-  const C whole = sum(total);
-  return {top + std::log(whole), sum(total_dot) / whole};
+  const double whole = total.value();
+  return {top + std::log(whole), static_cast<C>(total_dot.value() / whole)};
 }
 
 void check(const Tensor& x, const Tensor& weight, const Tensor& targets) {
@@ -47,18 +47,19 @@ void check(const Tensor& x, const Tensor& weight, const Tensor& targets) {
 }
 
 std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& targets_in) {
+  const WithoutAutocast guard;
   check(x, weight, targets_in);
   const auto targets = targets_in.contiguous();
   const int64_t halves = x.size(0), rows = x.size(1), vocab = weight.size(0);
-  const auto wide_weight = weight.to(compute_type(x));
-  auto nll = at::empty({halves, rows}, wide_weight.options()), lse = at::empty_like(nll);
-  AT_DISPATCH_FLOATING_TYPES(wide_weight.scalar_type(), "linear_cross_entropy", [&] {
+  const Head head(weight, x.scalar_type());
+  auto nll = at::empty({halves, rows}, x.options().dtype(compute_type(x))), lse = at::empty_like(nll);
+  AT_DISPATCH_FLOATING_TYPES(compute_type(x), "linear_cross_entropy", [&] {
     auto* pn = nll.mutable_data_ptr<scalar_t>();
     auto* pl = lse.mutable_data_ptr<scalar_t>();
     const auto* pt = targets.const_data_ptr<int64_t>();
     for (int64_t begin = 0; begin < rows; begin += chunk_rows(vocab)) {
       const int64_t count = std::min(chunk_rows(vocab), rows - begin);
-      const auto z = logits(x, halves, begin, begin + count, wide_weight);
+      const auto z = logits(x, halves, begin, begin + count, head);
       const auto* pz = z.const_data_ptr<scalar_t>();
       parallel_rows(count, vocab, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
@@ -69,8 +70,8 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& x, const Tensor& w
           // A target outside of the vocabulary would read someone else's memory; as no number it is refused by the step.
           const bool known = target >= 0 && target < vocab;
           const auto none = std::numeric_limits<scalar_t>::quiet_NaN();
-          pl[begin + i] = l;
-          pn[begin + i] = known ? l - row[target] : none;
+          pl[begin + i] = static_cast<scalar_t>(l);
+          pn[begin + i] = known ? static_cast<scalar_t>(l - row[target]) : none;
           if (halves == 2) {
             pl[rows + begin + i] = l_dot;
             pn[rows + begin + i] = known ? l_dot - row_dot[target] : none;
@@ -107,21 +108,24 @@ void cotangents(C* z, C* z_dot, C lse, C lse_dot, C dnll, C dnll_dot, int64_t ta
 
 Tensor linear_cross_entropy_backward(const Tensor& dnll_in, const Tensor& x, const Tensor& lse_in,
                                      const Tensor& weight, const Tensor& targets_in) {
+  const WithoutAutocast guard;
   check(x, weight, targets_in);
   const auto dnll = dnll_in.contiguous(), lse = lse_in.contiguous(), targets = targets_in.contiguous();
   const int64_t n = dnll.dim() ? dnll.size(0) : 0, rows = x.size(1), vocab = weight.size(0);
-  const auto wide_weight = weight.to(compute_type(x));
   TORCH_CHECK(n >= 1 && n <= x.size(0), "dnll has ", n, " halves, but x ", x.size(0));
   check_is("dnll", dnll, {n, rows}, compute_type(x));
   check_saved("lse", lse, n, {rows}, compute_type(x));
+  const Head head(weight, x.scalar_type());
+  // dz takes part in its product in the dtype of the rows, whose rounding the result has in any case.
+  const auto same_weight = weight.to(x.scalar_type());
   auto dx = at::empty({n, rows, x.size(2)}, x.options());
-  AT_DISPATCH_FLOATING_TYPES(wide_weight.scalar_type(), "linear_cross_entropy_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES(compute_type(x), "linear_cross_entropy_backward", [&] {
     const auto* pd = dnll.const_data_ptr<scalar_t>();
     const auto* pl = lse.const_data_ptr<scalar_t>();
     const auto* pt = targets.const_data_ptr<int64_t>();
     for (int64_t begin = 0; begin < rows; begin += chunk_rows(vocab)) {
       const int64_t count = std::min(chunk_rows(vocab), rows - begin);
-      auto z = logits(x, n, begin, begin + count, wide_weight);
+      auto z = logits(x, n, begin, begin + count, head);
       auto* pz = z.mutable_data_ptr<scalar_t>();
       parallel_rows(count, vocab, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
@@ -134,7 +138,7 @@ Tensor linear_cross_entropy_backward(const Tensor& dnll_in, const Tensor& x, con
           }
         }
       });
-      dx.narrow(1, begin, count).copy_(at::mm(z, wide_weight).view({n, count, -1}));
+      dx.narrow(1, begin, count).copy_(at::mm(z.to(x.scalar_type()), same_weight).view({n, count, -1}));
     }
   });
   return dx;

@@ -5,8 +5,6 @@
 // The formulas are those of sap_fast/ops/lora_linear/README.md.
 #include "thin_products.h"
 
-#include <cmath>
-
 namespace sap_fast {
 namespace {
 
@@ -39,6 +37,7 @@ std::vector<Adapter> adapters_of(const Tensor& x, at::TensorList weights, const 
     if (!a_i || !b_i) {
       continue;
     }
+    TORCH_CHECK(dropout[i] >= 0 && dropout[i] < 1, "dropout must be at least 0 and less than 1, but is ", dropout[i]);
     const int64_t d_out = weights[i].size(0), rank = a_i->size(0);
     const auto wide_a = [&](const Tensor& m) {
       TORCH_CHECK(m.sizes() == at::IntArrayRef({rank, x.size(2)}), "a must be ", rank, " x ", x.size(2), ", but is ",
@@ -105,11 +104,17 @@ void parallel_groups(int64_t rows, int64_t width, const F& f) {
 std::vector<Tensor> lora_linear(const Tensor& x_in, at::TensorList weights, const Optionals& biases, const Optionals& a,
                                 const Optionals& b, const Optionals& a_dot, const Optionals& b_dot, const Tensor& seed,
                                 at::ArrayRef<double> scaling, at::ArrayRef<double> dropout, at::IntArrayRef salt) {
+  const WithoutAutocast guard;
   check_stack("x", x_in, 3);
   const auto x = x_in.contiguous();
   const int64_t halves = x.size(0), rows = x.size(1), d = x.size(2);
   TORCH_CHECK(biases.size() == weights.size(), "bias must have one element for each of the ", weights.size(), " weights");
   const auto adapters = adapters_of(x, weights, a, b, a_dot, b_dot, seed, scaling, dropout, salt, halves == 2);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (const std::optional<Tensor> bias = biases.get(i)) {
+      check_is("bias", *bias, {weights[i].size(0)}, bias->scalar_type());
+    }
+  }
   std::vector<Tensor> ys;
   for (size_t i = 0; i < weights.size(); ++i) {
     ys.push_back(at::mm(x.view({halves * rows, d}), weights[i].t()).view({halves, rows, weights[i].size(0)}));
@@ -168,6 +173,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
     at::TensorList dys_in, const Tensor& x_in, at::TensorList weights, const Optionals& a, const Optionals& b,
     const Optionals& a_dot, const Optionals& b_dot, const Tensor& seed, at::ArrayRef<double> scaling,
     at::ArrayRef<double> dropout, at::IntArrayRef salt, bool need_dx) {
+  const WithoutAutocast guard;
   check_stack("x", x_in, 3);
   TORCH_CHECK(!dys_in.empty() && dys_in.size() == weights.size(), "dy must be given for each of ", weights.size(),
               " weights, but there are ", dys_in.size());

@@ -13,9 +13,11 @@ import torch
 from agreement import assert_agrees
 from torch import Tensor
 
+from benchmarks import gpu_ops
 from benchmarks.contenders import Recorder
+from benchmarks.gpu_ops import Subject, Widths
 from sap_fast import _C
-from sap_fast.ops._cases import Case, OpCases, cases_for, every_op, pose, run
+from sap_fast.ops._cases import OpCases, Problem, derive, every_op, pose, run
 
 needs_extension = pytest.mark.skipif(not _C.loaded, reason=f"the C++ kernels are not loaded: {_C.status}")
 
@@ -60,21 +62,24 @@ def test_modules_that_cannot_serve_are_left_alone_with_one_warning(tmp_path: Pat
     assert said in status and release in status
 
 
+@pytest.fixture
+def many_rows(monkeypatch: pytest.MonkeyPatch, op: OpCases, dtype: torch.dtype) -> Problem:
+    """Large enough for every loop of a kernel to be shared between threads, whose least share is 16384 elements."""
+    monkeypatch.setitem(gpu_ops.MODELS, "middling", Widths(272, 517, 301, 4, 2, 68))
+    return gpu_ops.posed(Subject(op.name, "middling", 203, 29 if op.name == "attention" else 0), "cpu", dtype)
+
+
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("op", "case"),
-    [pytest.param(op, case, id=f"{op.name}-{case.name}") for op, case in cases_for("contract", "tiles")],
-)
-def test_threads_change_no_bit(op: OpCases, case: Case, dtype: torch.dtype) -> None:
-    """... but in the sums over the vocabulary, which are a matrix product of torch's. That differs by roundings."""
-    problem = pose(op, case, torch.Generator().manual_seed(0), dtype)
+@pytest.mark.parametrize("op", every_op(), ids=lambda op: op.name)
+def test_threads_change_no_bit(op: OpCases, dtype: torch.dtype, many_rows: Problem) -> None:
+    """... but where a product of torch's sums over the vocabulary, which differs by roundings."""
     found = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
-            found.append(run(op, problem))
+            found.append(run(op, many_rows))
     finally:
         torch.set_num_threads(before)
     alone, first, again = found
@@ -83,6 +88,51 @@ def test_threads_change_no_bit(op: OpCases, case: Case, dtype: torch.dtype) -> N
         assert_agrees(first, alone, tolerance=4 * torch.finfo(dtype).eps)
     else:
         assert all(torch.equal(alone[name], first[name]) for name in alone)
+    assert_agrees(first, derive(op, many_rows.to(torch.float64)), tolerance={4: 1e-4, 2: 0.1}[dtype.itemsize])
+
+
+@needs_extension
+def test_the_tail_of_a_vocabulary_counts() -> None:
+    """A confident token's loss is the sum of very many very small terms beside a 1, in several chunks of rows."""
+    vocab, rows = 2**18 + 7, 70
+    weight = torch.zeros(vocab, 2, dtype=torch.float64)
+    weight[5, 0] = 1.0
+    x = torch.zeros(2, rows, 2, dtype=torch.float64)
+    x[0, :, 0] = torch.linspace(16.0, 19.0, rows)
+    x[1, :, 0] = 1.0
+    targets = torch.full((rows,), 5)
+    expected, _ = torch.ops.sap_fast.linear_cross_entropy(x, weight, targets)
+    found, _ = torch.ops.sap_fast.linear_cross_entropy(x.float(), weight.float(), targets)
+    assert float(((found - expected) / expected).abs().max()) < 1e-4
+    closed = torch.log1p((vocab - 1) * torch.exp(-x[0, :, 0]))
+    assert torch.allclose(expected[0], closed, rtol=1e-10)
+
+
+@needs_extension
+@pytest.mark.parametrize("op", every_op(), ids=lambda op: op.name)
+def test_autocast_changes_nothing_inside(op: OpCases) -> None:
+    case = next(case for case in op.cases if case.purpose == "contract" and "0" not in case.name)
+    problem = pose(op, case, torch.Generator().manual_seed(0), torch.float32)
+    expected = run(op, problem)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(op, problem)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_modules_for_other_processors_are_named(tmp_path: Path) -> None:
+    (tmp_path / f"avx7_{RELEASE}{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    loaded, status, warned = load_from(tmp_path).split(" | ")
+    assert (loaded, warned) == ("False", "1") and "another capability" in status
+
+
+@needs_extension
+def test_a_module_that_works_is_tried_after_one_that_does_not(tmp_path: Path) -> None:
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("there is one capability here")
+    suffix = EXTENSION_SUFFIXES[0]
+    (tmp_path / f"avx512_{RELEASE}{suffix}").write_bytes(b"no library")
+    shutil.copy(Path(_C.__file__).parent / f"avx2_{RELEASE}{suffix}", tmp_path)
+    assert load_from(tmp_path) == f"True | avx2_{RELEASE} | 0"
 
 
 @pytest.mark.skipif("avx512" not in _C.status, reason="there is one capability here, which every test uses")
@@ -122,6 +172,15 @@ def test_tensors_that_do_not_fit_are_refused(op: OpCases) -> None:
 
 
 @needs_extension
+@pytest.mark.parametrize(("window", "heads", "said"), [(-1, 2, "window must be"), (0, 0, "heads must be")])
+def test_attention_that_makes_no_sense_is_refused(window: int, heads: int, said: str) -> None:
+    q, k = torch.randn(2, 5, heads, 4), torch.randn(2, 5, 1, 4)
+    lengths = torch.tensor([0, 5], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=said):
+        torch.ops.sap_fast.attention(q, k, k, lengths, None, 5, 0.5, window)
+
+
+@needs_extension
 def test_an_error_leaves_what_is_written_in_place_alone() -> None:
     gate, up = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     before = gate.clone(), up.clone()
@@ -129,4 +188,9 @@ def test_an_error_leaves_what_is_written_in_place_alone() -> None:
         torch.ops.sap_fast.glu_backward_(torch.randn(2, 5, 9), gate, up, "silu")
     with pytest.raises(RuntimeError, match="activation must be silu, gelu or gelu_tanh, but is softmax"):
         torch.ops.sap_fast.glu_backward_(torch.randn(2, 5, 8), gate, up, "softmax")
+    apart, expanded = torch.randn(2, 8, 5).mT, torch.randn(2, 1, 8).expand(2, 5, 8)
+    kept = apart.clone()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        torch.ops.sap_fast.glu_backward_(torch.randn(2, 5, 8), apart, expanded, "silu")
+    assert torch.equal(apart, kept)
     assert torch.equal(gate, before[0]) and torch.equal(up, before[1])

@@ -26,17 +26,20 @@ def _load() -> tuple[bool, str]:
     folder, suffix = Path(__file__).parent, EXTENSION_SUFFIXES[0]
     release = re.sub(r"\W", "_", torch.__version__)
     built = sorted(path.name.removesuffix(suffix) for path in folder.glob(f"avx*{suffix}"))
-    names = [f"{name}_{release}" for name in _MODULES[capability] if f"{name}_{release}" in built]
     if not built:
         return False, "not built: pip install --no-build-isolation, where torch and a C++20 compiler are"
     # Modules of another release are not even tried: they can load, and then fail in any way.
+    usable = [name for name in built if name.endswith(f"_{release}")]
     problem = f"built for another torch than {torch.__version__} ({', '.join(built)}): install sap-fast again"
-    if names:
-        try:
-            import_module(f"sap_fast._C.{names[0]}")
-            return True, names[0]
-        except (ImportError, OSError, RuntimeError) as error:
-            problem = f"could not be loaded: {error}"
+    if usable:
+        problem = f"built for another capability than {capability} ({', '.join(usable)}): install sap-fast again"
+    for name in (f"{name}_{release}" for name in _MODULES[capability]):
+        if name in usable:
+            try:
+                import_module(f"sap_fast._C.{name}")
+                return True, name
+            except (ImportError, OSError, RuntimeError) as error:
+                problem = f"could not be loaded: {error}"
     warnings.warn(f"sap_fast's C++ kernels: {problem}. PyTorch reference rules serve the CPU.", stacklevel=2)
     return False, problem
 

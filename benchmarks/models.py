@@ -1,5 +1,6 @@
 """What the benchmark scripts share: models with LoRA adapters, texts, results and their origin."""
 
+import copy
 import csv
 import json
 import platform
@@ -88,7 +89,7 @@ def random_base(layers: int = 8, width: int = 256, seed: int = 0) -> tuple[nn.Mo
 def llama_base(
     layers: int = 8, width: int = 4096, heads: int = 32, vocab: int = 32000, seed: int = 0
 ) -> tuple[nn.Module, WordTokenizer]:
-    """A random model as wide as Llama-2-7B, of fewer layers, in float32; drawn on the GPU if there is one."""
+    """A random model as wide as Llama-2-7B, which has 32 layers, in float32; drawn on the GPU if there is one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = WordTokenizer()
@@ -107,6 +108,38 @@ def llama_base(
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(config).float()
+    draw_weights(model, seed)
+    return model.eval(), tokenizer
+
+
+def qwen_base(
+    layers: int = 28,
+    width: int = 3584,
+    intermediate: int = 18944,
+    heads: int = 28,
+    kv_heads: int = 4,
+    vocab: int = 152064,
+    seed: int = 0,
+) -> tuple[nn.Module, WordTokenizer]:
+    """A random model of Qwen2.5-7B's shape in float32; drawn on the GPU if there is one."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = WordTokenizer()
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2ForCausalLM(config).float()
     draw_weights(model, seed)
     return model.eval(), tokenizer
 
@@ -137,6 +170,25 @@ def draw_weights(model: nn.Module, seed: int) -> None:
 def tiny_base(seed: int = 0) -> tuple[nn.Module, WordTokenizer]:
     """A model that runs in no time, of four layers, to check a script with."""
     return random_base(layers=4, width=32, seed=seed)
+
+
+def twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy with adapters of its own, whose frozen weights are the model's: in its memory, or rounded to a dtype.
+
+    Adapters stay in float32, as people train.
+    """
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    kept = {id(p): p if dtype in (None, p.dtype) else nn.Parameter(p.detach().to(dtype), False) for p in frozen}
+    return copy.deepcopy(model, kept)
+
+
+def cut(model: nn.Module, layers: int) -> nn.Module:
+    """A twin of a model with adapters that has its first layers only."""
+    shallow: Any = twin(model)
+    base = shallow.get_base_model()
+    base.model.layers = base.model.layers[:layers]
+    base.config.num_hidden_layers = layers
+    return shallow
 
 
 def with_lora(model: nn.Module, *, rank: int = 8, dropout: float = 0.0, seed: int = 0) -> nn.Module:

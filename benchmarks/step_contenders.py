@@ -1,0 +1,331 @@
+"""What takes part in the benchmark of a whole step, and how each is put to work on one batch.
+
+Each contender is opened on its own twin of the model (``models.twin``) and leaves the task's gradient in ``.grad``
+of the adapters; the optimizer is left out of all.
+
+- ``released``, ``tidy``: the published step in its two forms (``published_step.py``). As released it prints (into
+  nothing, here), draws dropout, pads to its fixed lengths, and runs under bfloat16 autocast; where the model is timed
+  in float32, it runs in float32.
+- ``plain-sft``: the task batch through the model's own forward and backward, as transformers' Trainer does it.
+- ``trl-sft``: the same by trl's ``SFTTrainer.compute_loss``, with its defaults but no activation checkpointing.
+- ``liger-sft``: the same with Liger's kernels put into the model.
+- ``own-sft``: ``SAP.step`` without pairs.
+- ``lagged``, ``fresh``: ``SAP.step`` by its two schedules; ``lagged-padded``: on rows whose padding counts as tokens.
+- the others: ``lagged`` with options that save passes.
+"""
+
+import io
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sap_fast
+from benchmarks.peers import AbsentError, installed
+from benchmarks.published_parts import pad_id, prompt_only, trained, training
+from benchmarks.published_step import PublishedStep
+from benchmarks.step_rows import Batch, Given, as_if_real, lengths
+from sap_fast import SAPConfig
+
+# Of the released code (``model.py``).
+RELEASED_DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A contender at given.
+
+    Attributes:
+        step: leaves the task's gradient in ``.grad``, replacing what it held; returns the loss, 0-dim.
+        scored: the batch whose loss that is, as the model's own forward takes it.
+        task_lengths, pair_lengths: tokens that are computed on, of each row, padding included if it is; empty: none.
+        probe: the probe that acts now, by layer ``[d]``.
+        fresh: whether a step's gradient is taken at the probe found in it, else at the one before.
+        settle: if there is one, called when the contender was found right, before it is timed; it changes the step.
+        empties_cache: whether a step gives back the memory that the allocator keeps, which those after it then lack.
+    """
+
+    step: Callable[[], Tensor]
+    scored: Batch
+    task_lengths: list[int]
+    pair_lengths: list[int] = field(default_factory=list)
+    probe: Callable[[], Mapping[int, Tensor]] = dict
+    fresh: bool = False
+    settle: Callable[[], None] | None = None
+    empties_cache: bool = False
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How to put a contender to given.
+
+    Attributes:
+        opened: puts it to work on a model that it may change; raises :class:`AbsentError`, with the reason, where it
+            cannot be.
+        options: what a result says of it.
+        period: after how many steps what a step costs begins anew.
+    """
+
+    opened: Callable[[nn.Module, Given], AbstractContextManager[Run]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    period: int = 1
+
+
+# The published step
+
+
+@contextmanager
+def tidy(model: nn.Module, given: Given) -> Iterator[Run]:
+    with PublishedStep(model, _layers(model)) as published:
+        yield Run(
+            lambda: published.step(given.batch, given.pairs),
+            given.batch,
+            _padded(given.batch),
+            _padded(given.pairs),
+            lambda: {j: v.detach().clone() for j, v in published.probe.items()},
+        )
+
+
+@contextmanager
+def released(model: nn.Module, given: Given) -> Iterator[Run]:
+    shapes = given.shapes
+    drops = _dropout(model)
+
+    def settle() -> None:
+        for drop in drops:
+            drop.p = RELEASED_DROPOUT
+
+    def step() -> Tensor:
+        with redirect_stdout(io.StringIO()):
+            return published.step(given.batch, given.pairs)
+
+    with PublishedStep(
+        model,
+        _layers(model),
+        as_released=True,
+        autocast=_dtype(model) == torch.bfloat16,
+        task_length=shapes.task_length,
+        pair_length=shapes.pair_length,
+    ) as published:
+        yield Run(
+            step,
+            prompt_only(given.batch, shapes.task_length, pad_id(model)),
+            [shapes.task_length] * shapes.tasks,
+            [shapes.pair_length] * shapes.pairs,
+            lambda: {j: v.detach().clone() for j, v in published.probe.items()},
+            settle=settle,
+            empties_cache=True,
+        )
+
+
+def _dropout(model: nn.Module) -> list[nn.Dropout]:
+    """Put dropout before every adapter, for now of nothing."""
+    drops = []
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_dropout")]
+    for layer in layers:
+        for name in layer.lora_dropout:
+            drops.append(nn.Dropout(0.0))
+            layer.lora_dropout[name] = drops[-1]
+    return drops
+
+
+# Plain fine-tuning
+
+
+@contextmanager
+def plain(model: nn.Module, given: Given) -> Iterator[Run]:
+    with training(model):
+        yield _descending(model, given, lambda batch: model(**batch, use_cache=False).loss)
+
+
+@contextmanager
+def trl(model: nn.Module, given: Given) -> Iterator[Run]:
+    if installed("trl") is None:
+        raise AbsentError("trl is not installed")
+    with tempfile.TemporaryDirectory() as folder, training(model):
+        with _naming("trl"):
+            trainer = _sft_trainer(model, given, folder)
+        # It adds to the batch what it wants the forward to be given.
+        yield _descending(model, given, lambda batch: trainer.compute_loss(trainer.model, dict(batch)))
+
+
+def _sft_trainer(model: nn.Module, given: Given, folder: str) -> Any:
+    """One that is given token ids, so that its tokenizer need not know more than padding."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    arguments = SFTConfig(
+        output_dir=folder,
+        report_to="none",
+        use_cpu=given.batch["input_ids"].device.type == "cpu",
+        bf16=False,  # the model is stored in its dtype
+        gradient_checkpointing=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    rows = {key: given.batch[key].tolist() for key in ("input_ids", "labels")}
+    return SFTTrainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>"),
+    )
+
+
+@contextmanager
+def liger(model: nn.Module, given: Given) -> Iterator[Run]:
+    if installed("liger_kernel") is None:
+        raise AbsentError("liger_kernel is not installed")
+    if given.batch["input_ids"].device.type != "cuda":
+        raise AbsentError("Liger's kernels need a GPU")
+    with _naming("liger_kernel"):
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        patched = Patched(model, _apply_liger_kernel_to_instance)
+
+    def loss_of(batch: Batch) -> Tensor:
+        return model(**batch, use_cache=False).loss
+
+    with training(model):
+        run = _descending(model, given, loss_of)
+
+        def step() -> Tensor:
+            with patched.applied():
+                return run.step()
+
+        yield Run(step, run.scored, run.task_lengths)
+
+
+class Patched:
+    """What a patch of one model changes for all models of its kind: names in their module of transformers.
+
+    They are put back at once, and changed only while the patched model runs, so that the others run what they did.
+    """
+
+    def __init__(self, model: Any, patch: Callable[..., None]) -> None:
+        base = model.get_base_model()
+        names = self._names = vars(import_module(type(base).__module__))
+        before = dict(names)
+        patch(model=base)
+        self._new = {name: x for name, x in names.items() if name not in before or before[name] is not x}
+        self._old = {name: before[name] for name in self._new if name in before}
+        self._put_back()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        self._names.update(self._new)
+        try:
+            yield
+        finally:
+            self._put_back()
+
+    def _put_back(self) -> None:
+        for name in self._new.keys() - self._old.keys():
+            del self._names[name]
+        self._names.update(self._old)
+
+
+@contextmanager
+def _naming(package: str) -> Iterator[None]:
+    """What fails in setting up another's package is a reason to go on without it."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise AbsentError(f"{package} {installed(package)}: {type(error).__name__}: {reason}"[:300]) from error
+
+
+def _descending(model: nn.Module, given: Given, loss_of: Callable[[Batch], Tensor]) -> Run:
+    weights = list(trained(model).values())
+
+    def step() -> Tensor:
+        for p in weights:
+            p.grad = None
+        loss = loss_of(given.batch)
+        loss.backward()
+        return loss.detach()
+
+    return Run(step, given.batch, _padded(given.batch))
+
+
+# Ours
+
+
+def _sap(config: SAPConfig, *, pairs: bool = True, padded: bool = False) -> Callable:
+    @contextmanager
+    def opened(model: nn.Module, given: Given) -> Iterator[Run]:
+        if padded and given.kind == "full":
+            raise AbsentError("full rows hold no padding: it is lagged")
+        settings, batch, contrast = config, given.batch, given.pairs
+        if config.pairs_per_step is not None:
+            if given.shapes.pairs < 2:
+                raise AbsentError("half of one pair is none")
+            settings = config.replace(pairs_per_step=given.shapes.pairs // 2)
+        if padded:
+            batch, contrast = as_if_real(batch), as_if_real(contrast)
+        weights = list(trained(model).values())
+
+        def step() -> Tensor:
+            for p in weights:
+                p.grad = None
+            return sap.step(batch, contrast if pairs else None).loss
+
+        with sap_fast.attach(model, settings) as sap:
+            yield Run(
+                step,
+                given.batch,
+                lengths(batch),
+                lengths(contrast) if pairs else [],
+                (lambda: sap.probe) if pairs else dict,
+                fresh=config.schedule == "fresh",
+            )
+
+    return opened
+
+
+def _saving(period: int = 1, **options: Any) -> Contender:
+    """The lagged step with options; ``pairs_per_step`` is half of them, however many there are."""
+    said = options | ({"pairs_per_step": "half"} if "pairs_per_step" in options else {})
+    return Contender(_sap(SAPConfig(schedule="lagged", **options)), {"schedule": "lagged", **said}, period)
+
+
+CONTENDERS: dict[str, Contender] = {
+    "released": Contender(released, {"dropout": RELEASED_DROPOUT, "autocast": "in bfloat16"}),
+    "tidy": Contender(tidy),
+    "plain-sft": Contender(plain),
+    "trl-sft": Contender(trl, {"gradient_checkpointing": False}),
+    "liger-sft": Contender(liger),
+    "own-sft": Contender(_sap(SAPConfig(), pairs=False)),
+    "lagged": _saving(),
+    "lagged-padded": Contender(_sap(SAPConfig(schedule="lagged"), padded=True), {"schedule": "lagged"}),
+    "fresh": Contender(_sap(SAPConfig(schedule="fresh")), {"schedule": "fresh"}),
+    "direction-every": _saving(4, direction_every=4),
+    "tangents": _saving(tangent_fraction=0.25),
+    "direction-every+tangents": _saving(4, direction_every=4, tangent_fraction=0.25),
+    "probe-every": _saving(8, probe_every=8),
+    "pairs": _saving(pairs_per_step=1),
+}
+
+
+def _layers(model: Any) -> tuple[int, ...]:
+    """The probed layers: the published step gets those of ours."""
+    return SAPConfig().layers_of(model.config.num_hidden_layers)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """In which the frozen weights are stored."""
+    return next(p.dtype for p in model.parameters() if not p.requires_grad)
+
+
+def _padded(batch: Batch) -> list[int]:
+    count, length = batch["input_ids"].shape
+    return [length] * count

@@ -1,0 +1,340 @@
+"""The benchmark of a whole step runs end to end, times nobody who is wrong, and says who is left out."""
+
+import copy
+import math
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from test_benchmarks import read
+from torch import nn
+
+import sap_fast
+from benchmarks import models, peers, step, step_contenders
+from benchmarks.published_parts import task_loss, trained
+from benchmarks.step_check import Exact, check, compare
+from benchmarks.step_contenders import CONTENDERS, Contender, Run
+from benchmarks.step_counts import Counting, Ops, launches, peak_memory
+from benchmarks.step_rows import PUBLISHED, Given, Shapes, lengths, rows, scored
+
+SHAPES = Shapes(4, 40, 2, 40)
+OPTIONAL = {"trl-sft": "trl", "liger-sft": "liger_kernel"}
+KEYS = {
+    *("contender", "device", "dtype", "padding", "options", "ms", "ms_least", "ms_most", "tokens_per_s"),
+    *("ratio_to_plain_sft", "ratio_to_published_tidy", "ratio_to_released", "peak_memory", "launches"),
+    *("rounds", "period", "task_shape", "task_tokens", "task_scored", "task_lengths"),
+    *("pair_shape", "pair_tokens", "pair_scored", "pair_lengths"),
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "SMALL", SHAPES)
+
+
+def given(kind: str = "real", shapes: Shapes = SHAPES) -> Given:
+    return rows(models.WordTokenizer(), models.examples(), shapes, kind, "cpu")
+
+
+def tiny() -> nn.Module:
+    model = models.with_lora(models.tiny_base()[0])
+    step.wake(model)
+    return model
+
+
+# The command
+
+
+def test_every_contender_has_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    assert step.main(["--model", "tiny", "--dtype", "float32", "--rounds", "1", "--json", str(path)]) == 0
+    result, said = read(path), capsys.readouterr().out
+    found = {row["contender"]: row for row in result["rows"]}
+    skipped = {entry["contender"]: entry["reason"] for entry in result["skipped"]}
+    assert found.keys() | skipped.keys() == CONTENDERS.keys()
+    assert not found.keys() & skipped.keys() and not result["refused"]
+    for name, package in OPTIONAL.items():
+        if peers.installed(package) is None:
+            assert skipped[name] == f"{package} is not installed"
+            assert f"skipped: {name}, {package} is not installed" in said
+    for name, row in found.items():
+        assert row.keys() == KEYS, name
+        assert (row["padding"], row["dtype"], row["rounds"], row["peak_memory"]) == ("real", "float32", 1, None)
+        assert 0 < row["ms_least"] <= row["ms"] <= row["ms_most"]
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["task_tokens"] / row["ms"])
+        assert row["launches"] > 100
+        for key, other in step.RATIOS.items():
+            assert row[key] == pytest.approx(row["ms"] / found[other]["ms"])
+    tokens = {name: (sum(row["task_lengths"]), sum(row["pair_lengths"])) for name, row in found.items()}
+    task, pairs = found["lagged"]["task_tokens"], found["lagged"]["pair_tokens"]
+    padded = math.prod(found["lagged"]["task_shape"]), math.prod(found["lagged"]["pair_shape"])
+    assert tokens["lagged"] == tokens["fresh"] == tokens["probe-every"] == (task, pairs)
+    assert tokens["own-sft"] == (task, 0) and tokens["plain-sft"] == (padded[0], 0)
+    assert tokens["tidy"] == tokens["lagged-padded"] == padded > (task, pairs)
+    assert tokens["released"] == (4 * 40, 2 * 40)
+    # What an option saves, by the number of ops: a mean step of a period against the step that finds everything.
+    count = {name: row["launches"] for name, row in found.items()}
+    assert count["own-sft"] < count["probe-every"] < count["direction-every"] < count["lagged"] < count["tidy"]
+    assert found["probe-every"]["period"] == 8 and found["probe-every"]["options"]["probe_every"] == 8
+    assert len(said.splitlines()) == len(found) + len(skipped)
+
+
+def test_rows_of_other_kinds_and_another_dtype(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    names, kinds = ["plain-sft", "lagged", "lagged-padded", "released"], ["full", "released"]
+    arguments = ["--model", "tiny", "--dtype", "bfloat16", "--rounds", "2", "--rows", *kinds, "--contenders", *names]
+    assert step.main([*arguments, "--json", str(path)]) == 0
+    result = read(path)
+    assert result["skipped"] == [{"contender": "lagged-padded", "reason": "full rows hold no padding: it is lagged"}]
+    for kind in kinds:
+        found = {row["contender"]: row for row in result["rows"] if row["padding"] == kind}
+        assert set(names) - found.keys() == ({"lagged-padded"} if kind == "full" else set())
+        assert {row["dtype"] for row in found.values()} == {"bfloat16"}
+        assert found["lagged"]["task_shape"] == [4, 40]
+        assert found["lagged"]["ratio_to_plain_sft"] > 0
+        assert found["lagged"]["ratio_to_published_tidy"] is None  # it is not among them
+    assert result["seconds"] > 0
+
+
+def test_what_makes_no_sense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    wrong = {
+        "a smaller model": ["--model", "llama-2-7b"],
+        "--rounds must be at least 1": ["--model", "tiny", "--rounds", "0"],
+        "invalid choice: 'nobody'": ["--contenders", "nobody"],
+    }
+    if not torch.cuda.is_available():
+        wrong["no GPU is at hand"] = ["--device", "cuda"]
+    for reason, arguments in wrong.items():
+        with pytest.raises(SystemExit, match="2"):
+            step.main([*arguments, "--json", str(path)])
+        assert reason in capsys.readouterr().err
+    assert not path.exists()
+
+
+# Who is wrong is not timed
+
+
+def test_a_wrong_contender_is_refused_before_timing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = []
+
+    @contextmanager
+    def slanted(model: nn.Module, given: Given):
+        with step_contenders.plain(model, given) as run:
+
+            def wrong() -> torch.Tensor:
+                loss = run.step()
+                steps.append(loss)
+                next(iter(trained(model).values())).grad.mul_(1.5)
+                return loss
+
+            yield Run(wrong, run.scored, run.task_lengths)
+
+    @contextmanager
+    def broken(model: nn.Module, given: Given):
+        raise ZeroDivisionError("of a kind")
+        yield
+
+    monkeypatch.setitem(CONTENDERS, "plain-sft", Contender(slanted))
+    monkeypatch.setitem(CONTENDERS, "tidy", Contender(broken))
+    path = tmp_path / "result.json"
+    names = ["plain-sft", "tidy", "own-sft"]
+    arguments = ["--model", "tiny", "--dtype", "float32", "--rounds", "3", "--contenders", *names]
+    assert step.main([*arguments, "--json", str(path)]) == 1
+    result = read(path)
+    assert len(steps) == 1
+    assert [row["contender"] for row in result["rows"]] == ["own-sft"]
+    reasons = {entry["contender"]: entry["reason"] for entry in result["refused"]}
+    assert reasons["plain-sft"].startswith("plain-sft, step 1: the gradient is off by")
+    assert reasons["tidy"] == "ZeroDivisionError: of a kind"
+    assert "refused: tidy, ZeroDivisionError: of a kind, float32, real" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["fresh", "lagged", "released", "tidy", "probe-every"])
+def test_the_probe_in_use_is_looked_at(name: str) -> None:
+    """A contender whose second step forgot its probe would be refused."""
+    model = tiny()
+    exact, own = Exact(model), models.twin(model)
+    with CONTENDERS[name].opened(own, given()) as run:
+        assert check(name, own, run, exact) == 2
+        before, loss = run.probe(), run.step()
+        acting = run.probe() if run.fresh else before
+        assert any(v.any() for v in acting.values())
+        found = {n: dict(own.named_parameters())[n].grad for n in trained(model)}
+        compare(name, loss, found, exact.at(run.scored, acting), exact.tolerance)
+        with pytest.raises(AssertionError, match="off by"):
+            compare(name, loss, found, exact.at(run.scored, {}), exact.tolerance)
+
+
+def test_released_draws_dropout_once_it_was_found_right() -> None:
+    own = models.twin(tiny())
+    with step_contenders.released(own, given()) as run:
+        quiet = [float(run.step()) for _ in range(2)]
+        assert run.settle is not None
+        run.settle()
+        drops = [m for m in own.modules() if isinstance(m, nn.Dropout)]
+        assert drops and all(drop.training and drop.p == 0.1 for drop in drops)
+        assert float(run.step()) not in quiet
+
+
+def test_large_models_are_checked_on_a_cut() -> None:
+    model = tiny()
+    shallow = models.cut(model, 2)
+    assert (len(shallow.get_base_model().model.layers), len(model.get_base_model().model.layers)) == (2, 4)
+    assert model.config.num_hidden_layers == 4
+    suite = step.Suite("cpu", 1, ["lagged", "tidy", "probe-every"], 2)
+    assert [row["contender"] for row in suite.measure(model, "float32", given())] == suite.names
+    assert not suite.refused and not suite.skipped
+
+
+# Models
+
+
+def test_twins_share_frozen_weights_alone() -> None:
+    model = tiny()
+    for dtype in (None, torch.float32, torch.bfloat16):
+        twin = models.twin(model, dtype)
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            shared = p.data_ptr() == q.data_ptr()
+            assert shared == (not p.requires_grad and dtype is not torch.bfloat16), name
+            assert q.dtype == (torch.bfloat16 if dtype is torch.bfloat16 and not p.requires_grad else torch.float32)
+            assert torch.equal(q, p.to(q.dtype)) and q.requires_grad == p.requires_grad
+
+
+def test_qwen_has_a_model_of_its_shape() -> None:
+    base, tokenizer = models.qwen_base(2, 32, 48, 4, 2, 1100)
+    assert (base.config.model_type, base.config.vocab_size, base.config.intermediate_size) == ("qwen2", 1100, 48)
+    assert base.lm_head.weight.data_ptr() != base.model.embed_tokens.weight.data_ptr()
+    with sap_fast.attach(models.with_lora(base)) as sap:
+        work = rows(tokenizer, models.examples(), SHAPES, "real", str(base.device))
+        assert torch.isfinite(sap.step(work.batch, work.pairs).loss)
+
+
+# Rows
+
+
+def test_kinds_of_rows_hold_what_they_say() -> None:
+    real, released, full = (given(kind) for kind in ("real", "released", "full"))
+    assert real.batch["input_ids"].shape == (4, max(lengths(real.batch)))
+    assert real.pairs["input_ids"].shape == (4, max(lengths(real.pairs)))
+    assert len({*lengths(real.batch), *lengths(real.pairs)}) > 1
+    for some, padded in ((real.batch, released.batch), (real.pairs, released.pairs)):
+        assert padded["input_ids"].shape == (4, 40)
+        assert (lengths(some), scored(some)) == (lengths(padded), scored(padded))
+    assert lengths(full.batch) == [40] * 4 and lengths(full.pairs) == [40] * 4
+    assert len({tuple(row) for row in full.batch["input_ids"].tolist()}) == 4
+    published = given("full", PUBLISHED)
+    assert (lengths(published.batch), lengths(published.pairs)) == ([128] * 10, [256] * 16)
+
+
+def test_rows_need_enough_data() -> None:
+    with pytest.raises(ValueError, match="a step takes 500 examples, but there are 128"):
+        given(shapes=Shapes(500, 40, 2, 40))
+    with pytest.raises(ValueError, match="do not fill rows of 40 and 5000 tokens"):
+        given("full", Shapes(4, 40, 2, 5000))
+
+
+# What others' packages change
+
+
+def test_ligers_patches_stay_with_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """... also those that it makes to the module that all models of a kind share."""
+    from transformers.models.qwen2 import modeling_qwen2 as shared
+
+    turn, calls = shared.apply_rotary_pos_emb, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return turn(*args, **kwargs)
+
+    def apply(model: nn.Module) -> None:
+        shared.apply_rotary_pos_emb = counted
+        shared.of_liger = 1
+
+    patched = step_contenders.Patched(tiny(), apply)
+    assert shared.apply_rotary_pos_emb is turn and not hasattr(shared, "of_liger")
+    model, batch = tiny(), given().batch
+    loss = task_loss(model, batch)
+    assert not calls
+    with patched.applied():
+        assert shared.of_liger == 1
+        assert torch.equal(task_loss(model, batch), loss)
+    assert len(calls) == 4  # one a layer
+    assert shared.apply_rotary_pos_emb is turn and not hasattr(shared, "of_liger")
+
+
+def test_what_fails_in_setting_up_a_peer_is_a_reason_to_skip_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_contenders, "installed", lambda package: "9.9")
+    monkeypatch.setitem(sys.modules, "trl", ModuleType("trl"))  # without its trainer
+    suite = step.Suite("cpu", 1, ["trl-sft", "liger-sft"], None)
+    assert suite.measure(tiny(), "float32", given()) == []
+    reasons = {entry["contender"]: entry["reason"] for entry in suite.skipped}
+    assert reasons["trl-sft"].startswith("trl 9.9: ImportError: cannot import name 'SFTConfig'")
+    assert reasons["liger-sft"] == "Liger's kernels need a GPU"
+    assert not suite.refused
+
+
+def test_trl_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trainer adds to the batch that it is given."""
+    made: list[dict[str, Any]] = []
+
+    class SFTConfig:
+        def __init__(self, **settings: Any) -> None:
+            made.append(settings)
+
+    class SFTTrainer:
+        def __init__(self, model: Any, args: Any, *, train_dataset: Any, processing_class: Any) -> None:
+            assert processing_class.pad_token_id == 0 and len(train_dataset) == 4
+            self.model = model
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+            inputs["use_cache"] = False
+            return model(**inputs).loss
+
+    stub = ModuleType("trl")
+    stub.SFTConfig, stub.SFTTrainer = SFTConfig, SFTTrainer
+    monkeypatch.setitem(sys.modules, "trl", stub)
+    monkeypatch.setattr(step_contenders, "installed", lambda package: "9.9")
+    suite = step.Suite("cpu", 1, ["trl-sft"], None)
+    data = given()
+    before = copy.deepcopy(dict(data.batch))
+    (row,) = suite.measure(tiny(), "float32", data)
+    assert row["contender"] == "trl-sft" and made[0]["gradient_checkpointing"] is False
+    assert data.batch.keys() == before.keys()
+
+
+# Counts
+
+
+def test_ops_count_what_computes() -> None:
+    x = torch.ones(4, 4, requires_grad=True)
+    with Ops() as ops:
+        y = (x.view(16)[:8] * 2).sum()  # two views, a product, a sum
+        torch.empty(3)
+    assert ops.count == 2
+    with Ops() as ops:
+        y.backward()
+    assert ops.count >= 1
+    counting = Counting(lambda: x * 2 + 1)
+    assert [counting().sum() for _ in range(2)] == [48, 48] and counting.counts == [2, 2]
+    assert launches(lambda: None, "cpu") == 0
+    assert peak_memory(lambda: None, nn.Linear(2, 2), "cpu") is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_kernels_and_memory_are_counted(tmp_path: Path) -> None:
+    x = torch.ones(2**20, device="cuda")
+    x + x
+    assert launches(lambda: (x + x, x * x), "cuda") == 2
+    assert peak_memory(lambda: x + x, nn.Linear(1, 1), "cuda") == pytest.approx(4 * 2**20, abs=2**12)
+    path = tmp_path / "result.json"
+    arguments = ["--device", "cuda", "--model", "tiny", "--rounds", "1", "--dtype", "float32", "--json", str(path)]
+    assert step.main(arguments) == 0
+    assert all(row["peak_memory"] > 0 and row["launches"] > 0 for row in read(path)["rows"])

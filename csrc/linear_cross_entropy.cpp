@@ -17,9 +17,10 @@ Tensor logits(const Tensor& x, int64_t halves, int64_t first, int64_t last, cons
   return head.logits(part.reshape({-1, x.size(2)}).contiguous());
 }
 
-// One row: lse = log sum exp z in double, lse_dot = sum p z_dot (0 where z_dot is null).
+// One row: lse = log sum exp z, lse_dot = sum p z_dot (0 where z_dot is null); in double, since a confident token's loss
+// is a small difference of them to its logit.
 template <class C>
-std::pair<double, C> log_sum_exp(const C* z, const C* z_dot, int64_t vocab) {
+std::pair<double, double> log_sum_exp(const C* z, const C* z_dot, int64_t vocab) {
   using V = Vec<C>;
   V largest(-std::numeric_limits<C>::infinity());
   lanes<C>(vocab, [&](int64_t j, auto count) {
@@ -35,7 +36,7 @@ std::pair<double, C> log_sum_exp(const C* z, const C* z_dot, int64_t vocab) {
     }
   });
   const double whole = total.value();
-  return {top + std::log(whole), static_cast<C>(total_dot.value() / whole)};
+  return {top + std::log(whole), total_dot.value() / whole};
 }
 
 void check(const Tensor& x, const Tensor& weight, const Tensor& targets) {
@@ -73,8 +74,8 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& x, const Tensor& w
           pl[begin + i] = static_cast<scalar_t>(l);
           pn[begin + i] = known ? static_cast<scalar_t>(l - row[target]) : none;
           if (halves == 2) {
-            pl[rows + begin + i] = l_dot;
-            pn[rows + begin + i] = known ? l_dot - row_dot[target] : none;
+            pl[rows + begin + i] = static_cast<scalar_t>(l_dot);
+            pn[rows + begin + i] = known ? static_cast<scalar_t>(l_dot - row_dot[target]) : none;
           }
         }
       });

@@ -103,7 +103,8 @@ def test_the_tail_of_a_vocabulary_counts() -> None:
     targets = torch.full((rows,), 5)
     expected, _ = torch.ops.sap_fast.linear_cross_entropy(x, weight, targets)
     found, _ = torch.ops.sap_fast.linear_cross_entropy(x.float(), weight.float(), targets)
-    assert float(((found - expected) / expected).abs().max()) < 1e-4
+    # In float32: the few terms that share a lane with the 1 lose up to half an eps each, here of a sum of 1e-3.
+    assert float(((found - expected) / expected).abs().max()) < 3e-4
     closed = torch.log1p((vocab - 1) * torch.exp(-x[0, :, 0]))
     assert torch.allclose(expected[0], closed, rtol=1e-10)
 

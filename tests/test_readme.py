@@ -116,6 +116,10 @@ def test_speed_on_the_cpu_is_that_of_the_recorded_runs() -> None:
             kind = {"full": "all of one length", "real": "of real lengths, padded for the published step"}[padding]
             cells = f"{published:.2f} s | {row['ms'] / 1e3:.2f} s | **{row['ratio_to_published_tidy']:.2f}** |"
             assert f"| {kind} | {dtype} | {cells}" in text
+    (name,) = re.findall(r"`benchmarks/results/(step-options-cpu[\w.-]+\.json)`", text)
+    for row in json.loads((RESULTS / name).read_text())["rows"]:
+        ratios = f"{row['ratio_to_plain_sft']:.2f} | {row['ratio_to_published_tidy']:.2f}"
+        assert f"| {row['ms'] / 1e3:.2f} s | {ratios} | {row['launches']} |" in text
     for row in ops["rows"]:
         if row["dtype"] == "float32":
             faster = row["times_faster_than"]

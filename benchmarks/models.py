@@ -90,26 +90,7 @@ def llama_base(
     layers: int = 8, width: int = 4096, heads: int = 32, vocab: int = 32000, seed: int = 0
 ) -> tuple[nn.Module, WordTokenizer]:
     """A random model as wide as Llama-2-7B, which has 32 layers, in float32; drawn on the GPU if there is one."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = WordTokenizer()
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=43 * width // 16,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config).float()
-    draw_weights(model, seed)
-    return model.eval(), tokenizer
+    return _wide_base("llama", layers, width, 43 * width // 16, heads, heads, vocab, seed)
 
 
 def qwen_base(
@@ -122,10 +103,18 @@ def qwen_base(
     seed: int = 0,
 ) -> tuple[nn.Module, WordTokenizer]:
     """A random model of Qwen2.5-7B's shape in float32; drawn on the GPU if there is one."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    return _wide_base("qwen2", layers, width, intermediate, heads, kv_heads, vocab, seed)
+
+
+def _wide_base(
+    family: str, layers: int, width: int, intermediate: int, heads: int, kv_heads: int, vocab: int, seed: int
+) -> tuple[nn.Module, WordTokenizer]:
+    """A random model of a family, by transformers' name for it, drawn on the GPU if there is one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = WordTokenizer()
-    config = Qwen2Config(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=vocab,
         hidden_size=width,
         intermediate_size=intermediate,
@@ -139,7 +128,7 @@ def qwen_base(
         bos_token_id=None,
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2ForCausalLM(config).float()
+        model = AutoModelForCausalLM.from_config(config).float()
     draw_weights(model, seed)
     return model.eval(), tokenizer
 

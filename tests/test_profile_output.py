@@ -229,7 +229,7 @@ def test_the_command_takes_the_methods_settings() -> None:
 )
 def test_the_command_refuses(here: Path, capsys: Any, flags: list[str], message: str) -> None:
     if "cuda" in flags and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("refusing --device cuda can be seen only where there is no GPU, and here is one")
     assert message in refused(capsys, here, *FLAGS, *SMALL, *flags, command="profile")
 
 

@@ -16,9 +16,18 @@ import torch
 from torch import Tensor
 
 from sap_fast.errors import BatchError
+from sap_fast.ops.take_rows import RowIndex
 
 IGNORED = -100
 _KEYS = {"input_ids", "attention_mask", "labels"}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Where sequences share rows: ``spread`` takes the row of each token, ``merged`` the first token of each row."""
+
+    spread: RowIndex
+    merged: RowIndex
 
 
 @dataclass(frozen=True)
@@ -26,22 +35,32 @@ class Rows:
     """A packed batch.
 
     ``input_ids, position_ids [rows]`` (a position is the token's column in the padded batch, as transformers
-    counts); ``cu_seqlens [B + 1]`` int32 and ``max_seqlen``; ``label_rows [M]``: the rows that predict a
-    scored token, ``labels [M]``: those tokens, ``label_sequence [M]``: their sequences.
+    counts); ``cu_seqlens [B + 1]`` int32 and ``max_seqlen``, both of tokens; ``labelled``: takes the rows that predict
+    a scored token, ``labels [M]``: those tokens, ``label_sequence [M]``: their sequences. A token has a row of its
+    own, unless ``shared`` (see ``sap_fast/prefixes.py``).
     """
 
     input_ids: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
-    label_rows: Tensor
+    labelled: RowIndex
     labels: Tensor
     label_sequence: Tensor
     sequences: int
+    shared: Shared | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.input_ids.shape[0]
 
     @property
     def tokens(self) -> int:
-        return self.input_ids.shape[0]
+        return self.rows if self.shared is None else self.shared.spread.rows.shape[0]
+
+    @property
+    def label_rows(self) -> Tensor:
+        return self.labelled.rows
 
     @property
     def scored(self) -> int:
@@ -105,7 +124,7 @@ def pack(
         position_ids=torch.arange(mask.shape[1], device=device).expand_as(mask)[real],
         cu_seqlens=torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int(),
         max_seqlen=int(lengths.max()),
-        label_rows=row[sequence, column],
+        labelled=RowIndex.of(row[sequence, column], int(lengths.sum())),
         labels=labels[sequence, column + 1].long(),
         label_sequence=sequence,
         sequences=mask.shape[0],

@@ -55,6 +55,8 @@ class SAPConfig:
         tangent_fraction: share of a batch's sequences, drawn anew in each step, that carry tangents. The probe's
             gradient is then an unbiased estimate; that of the weights stays exact.
         pairs_per_step: how many of the pairs given to a step are drawn for the direction; None is all of them.
+        share_prefixes: whether what sequences begin with in common (a system prompt, the prompt of a pair) is computed
+            once; exact. A task batch under dropout shares nothing, since the masks differ.
         check: ``"now"`` looks at the step's numbers before ``.grad`` is written; ``"deferred"`` leaves a flag
             on the device and raises at the next step, without the guarantee that nothing was written.
 
@@ -81,6 +83,7 @@ class SAPConfig:
     direction_min_cosine: float | None = None
     tangent_fraction: float = 1.0
     pairs_per_step: int | None = None
+    share_prefixes: bool = True
     check: Literal["now", "deferred"] = "now"
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ from sap_fast.ops import (
     probe_rms_norm,
     rms_norm,
     rotary,
+    take_rows,
 )
 from sap_fast.ops._library import compute_dtype
 
@@ -204,18 +205,15 @@ class Layer:
         if self.k_norm is not None:
             k, k_dot = self.k_norm(k, k_dot)
         q, q_dot, k, k_dot = rotary(q, q_dot, k, k_dot, *run.rotary[self.rotary_type])
+        rows, shared = run.rows, run.rows.shared
+        if shared is not None:
+            (q, q_dot), (k, k_dot), (v, v_dot) = take_rows([(q, q_dot), (k, k_dot), (v, v_dot)], shared.spread)
+        lengths, longest = rows.cu_seqlens, rows.max_seqlen
         o, o_dot = attention(
-            q,
-            q_dot,
-            k,
-            k_dot,
-            v,
-            v_dot,
-            run.rows.cu_seqlens,
-            max_seqlen=run.rows.max_seqlen,
-            scale=self.scale,
-            window=self.window,
+            q, q_dot, k, k_dot, v, v_dot, lengths, max_seqlen=longest, scale=self.scale, window=self.window
         )
+        if shared is not None:
+            ((o, o_dot),) = take_rows([(o, o_dot)], shared.merged)
         o, o_dot = o.flatten(1), None if o_dot is None else o_dot.flatten(1)
         return lora_linear(o, o_dot, [self.o.target(run)], seed=run.seed)[0]
 
@@ -341,18 +339,18 @@ class Decoder:
 
     def score(self, run: Pass, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """Final norm and head on the rows that predict a scored token: ``(nll, nll_dot) [scored]``."""
-        last, norm, rows = len(self.layers) - 1, self.norm, run.rows.label_rows
+        last, norm, labelled = len(self.layers) - 1, self.norm, run.rows.labelled
         probed = last in run.probe
-
-        def scored(x: Any) -> Any:
-            return None if x is None else x.index_select(0, rows)
-
         # Only scored rows matter from here on; but a probe on the last layer takes its scale from all of them.
-        stream = stream if probed else Stream(*map(scored, stream))
+        if not probed:
+            residual, residual_dot, update, update_dot = stream
+            assert update is not None  # a layer has run
+            summands = take_rows([(residual, residual_dot), (update, update_dot)], labelled)
+            stream = Stream(*summands[0], *summands[1])
         _, _, y, y_dot, rstd = norm.of_sum(stream, run.probe.get(last))
         if probed:
             run.rms[last] = _rms(rstd, norm.eps)
-            y, y_dot = scored(y), scored(y_dot)
+            ((y, y_dot),) = take_rows([(y, y_dot)], labelled)
         return linear_cross_entropy(y, y_dot, self.head.weight.detach(), run.rows.labels)
 
     def forward(self, run: Pass) -> tuple[Tensor, Tensor | None]:

@@ -37,7 +37,7 @@ class Gradients:
 
     ``loss``; ``loss_dot``, the slope of the loss along u; ``theta``: grad_theta L by name;
     ``probe_dot``: grad_V L_dot ``[P, d]``; ``probe``: grad_V L ``[P, d]``; ``rms``: per-token RMS of each probed
-    layer's output ``[P, rows]``.
+    layer's output ``[P, tokens]``.
     """
 
     loss: Tensor
@@ -240,7 +240,9 @@ def _detached(run: Pass) -> dict[str, Tensor]:
 
 
 def _rms(run: Pass, probe: Probe) -> Tensor:
-    return torch.stack([run.rms[j] for j in probe.layers])
+    """``[P, tokens]``: a row that sequences share counts for each of them."""
+    rms, shared = torch.stack([run.rms[j] for j in probe.layers]), run.rows.shared
+    return rms if shared is None else rms.index_select(1, shared.spread.rows)
 
 
 def _share(

@@ -69,7 +69,7 @@ class Probe:
 
         Args:
             gradient: ``grad_V L_dot``, ``[P, d]``.
-            rms: per-token RMS of each probed layer's output, ``[P, rows]``.
+            rms: per-token RMS of each probed layer's output, ``[P, tokens]``.
             alpha: 0-dim; what turns ``grad_V L_dot`` into ``grad_V L_su``. Only ``"adamw"`` is not scale-free.
         """
         scale = _median(rms) if config.strength_unit == "relative" else 1.0

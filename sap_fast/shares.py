@@ -4,37 +4,37 @@ Draws are of torch's global generator on the CPU, which ``torch.manual_seed`` se
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sap_fast.batch import Rows, drawn, pack, pack_pairs
+from sap_fast.batch import Rows, drawn
+from sap_fast.packing import Packer
 from sap_fast.passes import Micro
 
 Batch = Mapping[str, Tensor]
 
 
-def some_pairs(pairs: Batch, rows: Rows, wanted: int, sizes: Mapping[str, Any]) -> Rows:
+def some_pairs(pairs: Batch, rows: Rows, wanted: int, packer: Packer) -> Rows:
     """Some of the pairs, packed.
 
     Args:
         pairs, rows: all of them, padded and packed.
         wanted: how many; all if there are no more.
-        sizes: what :func:`sap_fast.batch.pack` asks for.
+        packer: packs what is drawn.
     """
     count = rows.sequences // 2
     if wanted >= count:
         return rows
     chosen = torch.randperm(count)[:wanted].sort().values.tolist()
-    return pack_pairs(drawn(pairs, [*chosen, *(count + i for i in chosen)]), **sizes)
+    return packer.pairs(drawn(pairs, [*chosen, *(count + i for i in chosen)]))
 
 
 def some_tangents(
     batches: Sequence[Batch],
     micros: Sequence[Micro],
     fraction: float,
-    sizes: Mapping[str, Any],
+    packer: Packer,
     draw_seed: Callable[[], Tensor | None],
 ) -> list[tuple[Micro, Micro]] | None:
     """Each micro-batch in two parts: sequences that carry tangents, and the others; None if all would.
@@ -42,7 +42,7 @@ def some_tangents(
     Args:
         batches, micros: the micro-batches, padded and packed.
         fraction: share of each one's sequences, of which at least one carries tangents.
-        sizes: what :func:`sap_fast.batch.pack` asks for.
+        packer: packs what is drawn.
         draw_seed: draws the seed of a part's dropout masks.
     """
     parts = []
@@ -53,7 +53,7 @@ def some_tangents(
             return None
         order = torch.randperm(count)
         chosen, others = (
-            Micro(pack(drawn(batch, some.sort().values.tolist()), **sizes, may_lack_labels=True), draw_seed(), weight)
+            Micro(packer.task(drawn(batch, some.sort().values.tolist()), may_lack_labels=True), draw_seed(), weight)
             for some, weight in ((order[:wanted], count / wanted), (order[wanted:], 1.0))
         )
         parts.append((chosen, others))

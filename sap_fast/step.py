@@ -9,13 +9,11 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sap_fast import passes
-from sap_fast.batch import pack, pack_pairs
 from sap_fast.config import SAPConfig
 from sap_fast.convert import base_model, check_adapters, read_decoder
 from sap_fast.decoder import Decoder
@@ -24,6 +22,7 @@ from sap_fast.errors import StepRefusedError
 from sap_fast.flat import Flat
 from sap_fast.guard import guarded
 from sap_fast.integrity import Snapshot
+from sap_fast.packing import Packer
 from sap_fast.passes import Gradients, Micro
 from sap_fast.probe import Probe
 from sap_fast.refusal import raise_if_refused
@@ -123,32 +122,28 @@ class SAP:
         """
         decoder = self._ready()
         batches = [batch] if isinstance(batch, Mapping) else list(batch)
-        sizes: dict[str, Any] = {
-            "vocab_size": decoder.vocab_size,
-            "embeddings": decoder.embedding.num_embeddings,
-            "device": decoder.device,
-        }
         names = ["batch"] if isinstance(batch, Mapping) else [f"batch[{i}]" for i in range(len(batches))]
         if not batches:
             raise ValueError("batch is an empty sequence; give at least one micro-batch")
-        rows = [pack(b, **sizes, name=name) for b, name in zip(batches, names, strict=True)]
-        pair_rows = None if pairs is None else pack_pairs(pairs, **sizes)
         rhythm, config = self._state.rhythm, self.config
+        packer = Packer.of(decoder, config)
+        rows = [packer.task(b, name) for b, name in zip(batches, names, strict=True)]
+        pair_rows = None if pairs is None else packer.pairs(pairs)
         directs = pair_rows is not None and rhythm.directs(config)
         probes = pair_rows is not None and rhythm.probes(config)
         if pairs is not None and pair_rows is not None and directs and config.pairs_per_step is not None:
-            pair_rows = some_pairs(pairs, pair_rows, config.pairs_per_step, sizes)
+            pair_rows = some_pairs(pairs, pair_rows, config.pairs_per_step, packer)
         micros = [Micro(r, self._draw_seed()) for r in rows]
         parts = None
         if probes and config.tangent_fraction < 1:
-            parts = some_tangents(batches, micros, config.tangent_fraction, sizes, self._draw_seed)
+            parts = some_tangents(batches, micros, config.tangent_fraction, packer, self._draw_seed)
 
         with decoder.installed(), torch.enable_grad():
             direction = None
             if pair_rows is not None and directs:
                 decoder.enter("direction")
                 acting = self._state.probe.singles() if config.probe_in_safety_pass else {}
-                direction = harmful_direction(decoder, pair_rows, acting, config)
+                direction = harmful_direction(decoder, packer.shared(pair_rows), acting, config)
             outcome = self._compute(_Task(micros, parts), direction, plain=pair_rows is None, probes=probes)
         self._check(outcome)
         self._commit(outcome)

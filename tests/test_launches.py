@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sap_fast
-from sap_fast import SAPConfig, step
+from sap_fast import SAPConfig
 from sap_fast.decoder import Decoder
+from sap_fast.packing import Packer
 
 # What allocates or asks, and computes nothing.
 IDLE = {"aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default", "aten.promote_types.default"}
@@ -53,9 +54,10 @@ class Ops(TorchDispatchMode):
 def counted() -> Iterator[Ops]:
     """Count all of a step but the passes themselves, the decoder's ops and their backward, and the packing."""
     of_decoder = [(Decoder, name) for name in ("start", "embed", "run_layers", "score")]
+    packing = [(Packer, name) for name in ("task", "pairs", "shared")]
     with ExitStack() as stack:
         ops = stack.enter_context(Ops())
-        for owner, name in [*of_decoder, (step, "pack"), (step, "pack_pairs"), (torch.autograd, "grad")]:
+        for owner, name in [*of_decoder, *packing, (torch.autograd, "grad")]:
             stack.enter_context(mock.patch.object(owner, name, ops.apart(getattr(owner, name))))
         yield ops
 

@@ -8,9 +8,11 @@ from sap_fast.ops.lora_linear import LoRATarget, dropout_mask, lora_linear
 from sap_fast.ops.probe_rms_norm import probe_rms_norm
 from sap_fast.ops.rms_norm import rms_norm
 from sap_fast.ops.rotary import rotary
+from sap_fast.ops.take_rows import RowIndex, take_rows
 
 __all__ = [
     "LoRATarget",
+    "RowIndex",
     "attention",
     "dropout_mask",
     "glu",
@@ -19,4 +21,5 @@ __all__ = [
     "probe_rms_norm",
     "rms_norm",
     "rotary",
+    "take_rows",
 ]

@@ -102,6 +102,8 @@ _ROW_WISE = (
     "rms_norm_backward",
     "rotary",
     "rotary_backward",
+    "take_rows",
+    "take_rows_backward",
 )
 _OWN: dict[str, Callable[[Named], int]] = {
     **dict.fromkeys(_ROW_WISE, _none),

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sap_fast.batch import Rows, pack, pack_pairs
+from sap_fast.batch import Rows
+from sap_fast.config import SAPConfig
 from sap_fast.decoder import Decoder
 from sap_fast.errors import BatchError
+from sap_fast.packing import Packer
 from sap_fast.profile.contenders import Batch, on_device
 from sap_fast.profile.files import why_taken
 
@@ -46,25 +48,21 @@ class Rounds:
     pair_rows: list[Rows]
 
     @classmethod
-    def of(cls, decoder: Decoder, batches: Any, pairs: Any, rounds: int) -> "Rounds":
+    def of(cls, decoder: Decoder, config: SAPConfig, batches: Any, pairs: Any, rounds: int) -> "Rounds":
         """Draw as many as there are rounds, or all there are, to be gone through again and again.
 
         Raises:
             BatchError: a malformed batch, by its number; none at all.
         """
-        sizes: dict[str, Any] = {
-            "vocab_size": decoder.vocab_size,
-            "embeddings": decoder.embedding.num_embeddings,
-            "device": decoder.device,
-        }
+        packer = Packer.of(decoder, config)
         drawn = [_drawn(given, name, rounds) for given, name in ((batches, "batches"), (pairs, "pairs"))]
         rows = []
         for i, batch in enumerate(drawn[0]):
-            rows.append(pack(_there(batch, f"batches[{i}]", decoder), **sizes, name=f"batches[{i}]"))
+            rows.append(packer.task(_there(batch, f"batches[{i}]", decoder), f"batches[{i}]"))
         pair_rows = []
         for i, pair in enumerate(drawn[1]):
             try:
-                pair_rows.append(pack_pairs(_there(pair, f"pairs[{i}]", decoder), **sizes))
+                pair_rows.append(packer.shared(packer.pairs(_there(pair, f"pairs[{i}]", decoder))))
             except BatchError as error:
                 error.add_note(f"This is of pairs[{i}].")
                 raise

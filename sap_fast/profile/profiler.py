@@ -68,7 +68,7 @@ def profile(
         assert sap._attached is not None
         decoder = sap._attached[0]
         with untouched(model, decoder.device):
-            rounds = Rounds.of(decoder, batches, pairs, warmup + steps)
+            rounds = Rounds.of(decoder, config, batches, pairs, warmup + steps)
             contenders = Steps(model, sap).contenders()
             found = measure(
                 contenders,

@@ -15,19 +15,18 @@ _AT_ONCE = 3
 def row_config(arch: str, width: int) -> Config:
     """The table of configurations: eight elements for each thread, which are 16 bytes in bfloat16."""
     lanes = 64 if arch.startswith("gfx") else 32
-    block = power_of_2(width, 16, 2048)
-    return config(num_warps=power_of_2(block // (8 * lanes), 1, 8), BLOCK=block)
+    block = power_of_2(width, 16, 1024)
+    return config(power_of_2(block // (8 * lanes), 1, 8), 1, BLOCK=block)
 
 
 @triton.jit
 def copy_row(x, y, x_half, y_half, WIDTH: tl.constexpr, HALVES: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy a row of ``WIDTH`` elements, of each half."""
+    """Copy this program's block of a row of ``WIDTH`` elements, of each half."""
+    # [BLOCK]
+    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     for i_half in tl.static_range(HALVES):
-        for i in range(0, WIDTH, BLOCK):
-            # [BLOCK]
-            o = i + tl.arange(0, BLOCK)
-            b = tl.load(x + i_half * x_half + o, mask=o < WIDTH, other=0.0)
-            tl.store(y + i_half * y_half + o, b, mask=o < WIDTH)
+        b = tl.load(x + i_half * x_half + o, mask=o < WIDTH, other=0.0)
+        tl.store(y + i_half * y_half + o, b, mask=o < WIDTH)
 
 
 @triton.jit(do_not_specialize=["taken"])
@@ -52,14 +51,15 @@ def take_kernel(
     HALVES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a place: it copies its row of all tensors. Outputs are contiguous; a width of 0 is no tensor."""
+    """One program a place, block and tensor. Outputs are contiguous; a width of 0 is no tensor."""
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + i)
     count = taken.to(tl.int64)
-    copy_row(x0 + row * x0_row, y0 + i * WIDTH0, x0_half, count * WIDTH0, WIDTH0, HALVES, BLOCK)
-    if WIDTH1:
+    if tl.program_id(2) == 0:
+        copy_row(x0 + row * x0_row, y0 + i * WIDTH0, x0_half, count * WIDTH0, WIDTH0, HALVES, BLOCK)
+    elif tl.program_id(2) == 1:
         copy_row(x1 + row * x1_row, y1 + i * WIDTH1, x1_half, count * WIDTH1, WIDTH1, HALVES, BLOCK)
-    if WIDTH2:
+    else:
         copy_row(x2 + row * x2_row, y2 + i * WIDTH2, x2_half, count * WIDTH2, WIDTH2, HALVES, BLOCK)
 
 
@@ -67,16 +67,15 @@ def take_kernel(
 def sum_row(
     dy, dx, takers, begin, end, dy_half, dy_row, dx_half, WIDTH: tl.constexpr, HALVES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Sum up the rows of ``dy`` that the takers from ``begin`` up to ``end`` name, of each half, in their order."""
+    """Sum up what the takers from ``begin`` up to ``end`` have in this program's block, of each half, in order."""
+    # [BLOCK]
+    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     for i_half in tl.static_range(HALVES):
-        for i in range(0, WIDTH, BLOCK):
-            # [BLOCK]
-            o = i + tl.arange(0, BLOCK)
-            b_sum = tl.zeros([BLOCK], tl.float32)
-            for i_taker in range(begin, end):
-                p = dy + i_half * dy_half + tl.load(takers + i_taker) * dy_row + o
-                b_sum += tl.load(p, mask=o < WIDTH, other=0.0).to(tl.float32)
-            tl.store(dx + i_half * dx_half + o, b_sum, mask=o < WIDTH)
+        b_sum = tl.zeros([BLOCK], tl.float32)
+        for i_taker in range(begin, end):
+            p = dy + i_half * dy_half + tl.load(takers + i_taker) * dy_row + o
+            b_sum += tl.load(p, mask=o < WIDTH, other=0.0).to(tl.float32)
+        tl.store(dx + i_half * dx_half + o, b_sum, mask=o < WIDTH)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -102,14 +101,15 @@ def sum_kernel(
     HALVES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row: the sum of what its takers got, for all tensors."""
+    """One program a row, block and tensor: the sum of what the row's takers got."""
     i = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(offsets + i), tl.load(offsets + i + 1)
     rows = count.to(tl.int64)
-    sum_row(dy0, dx0 + i * WIDTH0, takers, begin, end, dy0_half, dy0_row, rows * WIDTH0, WIDTH0, HALVES, BLOCK)
-    if WIDTH1:
+    if tl.program_id(2) == 0:
+        sum_row(dy0, dx0 + i * WIDTH0, takers, begin, end, dy0_half, dy0_row, rows * WIDTH0, WIDTH0, HALVES, BLOCK)
+    elif tl.program_id(2) == 1:
         sum_row(dy1, dx1 + i * WIDTH1, takers, begin, end, dy1_half, dy1_row, rows * WIDTH1, WIDTH1, HALVES, BLOCK)
-    if WIDTH2:
+    else:
         sum_row(dy2, dx2 + i * WIDTH2, takers, begin, end, dy2_half, dy2_row, rows * WIDTH2, WIDTH2, HALVES, BLOCK)
 
 
@@ -134,5 +134,15 @@ def _launched(kernel: object, xs: Sequence[Tensor], index: tuple[Tensor, ...], c
         strided = [argument for x in some + some[:1] * missing for argument in (x, *stack_strides(x))]
         outputs = ys[start : start + len(some)] + ys[start : start + 1] * missing
         sizes = {f"WIDTH{i}": width for i, width in enumerate(widths)}
-        launch(kernel, (count,), chosen, *strided, *outputs, *index, count, **sizes, HALVES=some[0].shape[0])
+        launch(
+            kernel,
+            (count, triton.cdiv(max(widths), chosen.blocks["BLOCK"]), len(some)),
+            chosen,
+            *strided,
+            *outputs,
+            *index,
+            count,
+            **sizes,
+            HALVES=some[0].shape[0],
+        )
     return ys

@@ -55,6 +55,10 @@ class SAPConfig:
         tangent_fraction: share of a batch's sequences, drawn anew in each step, that carry tangents. The probe's
             gradient is then an unbiased estimate; that of the weights stays exact.
         pairs_per_step: how many of the pairs given to a step are drawn for the direction; None is all of them.
+        attention: what serves attention in ordinary passes, those without tangents; pairs always have the library's
+            own. ``"auto"``: the first of what is there that gives the same bits from run to run (``sap-fast info``
+            tells which, and why not the others); or ``"own"``, ``"flash_attn"`` (the package), ``"varlen_attn"``,
+            ``"sdpa"`` (PyTorch's). They differ in rounding. One that cannot serve the model is refused at ``attach``.
         check: ``"now"`` looks at the step's numbers before ``.grad`` is written; ``"deferred"`` leaves a flag
             on the device and raises at the next step, without the guarantee that nothing was written.
 
@@ -81,6 +85,7 @@ class SAPConfig:
     direction_min_cosine: float | None = None
     tangent_fraction: float = 1.0
     pairs_per_step: int | None = None
+    attention: Literal["auto", "own", "flash_attn", "varlen_attn", "sdpa"] = "auto"
     check: Literal["now", "deferred"] = "now"
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ output keep their meaning.
 Beneath the lowest probe the primal half needs no gradient, so the ops there run their half backward.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -165,6 +165,7 @@ class Layer:
     window: int | None
     rotary_type: str | None  # which of a Pass's tables turns queries and keys; None where all layers share one
     activation: str
+    attention: Callable[..., tuple[Tensor, Tensor | None]] = attention  # or what attention_backends chose
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -204,7 +205,7 @@ class Layer:
         if self.k_norm is not None:
             k, k_dot = self.k_norm(k, k_dot)
         q, q_dot, k, k_dot = rotary(q, q_dot, k, k_dot, *run.rotary[self.rotary_type])
-        o, o_dot = attention(
+        o, o_dot = self.attention(
             q,
             q_dot,
             k,

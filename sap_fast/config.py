@@ -57,6 +57,10 @@ class SAPConfig:
         pairs_per_step: how many of the pairs given to a step are drawn for the direction; None is all of them.
         share_prefixes: whether what sequences begin with in common (a system prompt, the prompt of a pair) is computed
             once; exact. A task batch under dropout shares nothing, since the masks differ.
+        attention: what serves attention in ordinary passes, those without tangents; pairs always have the library's
+            own. ``"auto"``: the first of what is there that gives the same bits from run to run (``sap-fast info``
+            tells which, and why not the others); or ``"own"``, ``"flash_attn"`` (the package), ``"varlen_attn"``,
+            ``"sdpa"`` (PyTorch's). They differ in rounding. One that cannot serve the model is refused at ``attach``.
         check: ``"now"`` looks at the step's numbers before ``.grad`` is written; ``"deferred"`` leaves a flag
             on the device and raises at the next step, without the guarantee that nothing was written.
 
@@ -84,6 +88,7 @@ class SAPConfig:
     tangent_fraction: float = 1.0
     pairs_per_step: int | None = None
     share_prefixes: bool = True
+    attention: Literal["auto", "own", "flash_attn", "varlen_attn", "sdpa"] = "auto"
     check: Literal["now", "deferred"] = "now"
 
     def __post_init__(self) -> None:

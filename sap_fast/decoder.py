@@ -14,7 +14,7 @@ output keep their meaning.
 Beneath the lowest probe the primal half needs no gradient, so the ops there run their half backward.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -166,6 +166,7 @@ class Layer:
     window: int | None
     rotary_type: str | None  # which of a Pass's tables turns queries and keys; None where all layers share one
     activation: str
+    attention: Callable[..., tuple[Tensor, Tensor | None]] = attention  # or what attention_backends chose
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -209,7 +210,7 @@ class Layer:
         if shared is not None:
             (q, q_dot), (k, k_dot), (v, v_dot) = take_rows([(q, q_dot), (k, k_dot), (v, v_dot)], shared.spread)
         lengths, longest = rows.cu_seqlens, rows.max_seqlen
-        o, o_dot = attention(
+        o, o_dot = self.attention(
             q, q_dot, k, k_dot, v, v_dot, lengths, max_seqlen=longest, scale=self.scale, window=self.window
         )
         if shared is not None:

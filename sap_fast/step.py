@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sap_fast import passes
+from sap_fast.attention_backends import with_attention
 from sap_fast.config import SAPConfig
 from sap_fast.convert import base_model, check_adapters, read_decoder
 from sap_fast.decoder import Decoder
@@ -73,7 +74,7 @@ class SAP:
 
     def __init__(self, model: nn.Module, config: SAPConfig) -> None:
         self.config = config
-        decoder = read_decoder(model)
+        decoder = with_attention(read_decoder(model), config.attention)
         # Given up at detach, so that the handle does not keep the model's weights alive.
         self._attached: tuple[Decoder, Snapshot] | None = (decoder, Snapshot.of(model))
         self._layers = config.layers_of(len(decoder.layers)) if config.uses_probe else ()
@@ -358,7 +359,7 @@ def attach(model: nn.Module, config: SAPConfig | None = None) -> SAP:
 
     Raises:
         UnsupportedModelError: something in the model has no pair rule; the message names it. Nothing changed.
-        ValueError: probe layers that the model does not have.
+        ValueError: probe layers that the model does not have; an attention backend that cannot serve it here.
         RuntimeError: the model is attached already.
     """
     return SAP(model, config or SAPConfig())

@@ -10,6 +10,7 @@ import torch
 
 import sap_fast
 from sap_fast import _C
+from sap_fast.attention_backends import Heads, choose, machine_of
 from sap_fast.ops._library import architecture
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numpy")
@@ -78,3 +79,14 @@ def backends() -> dict[str, dict[str, str]]:
                 "cuda": "Triton kernel" if own["CUDA"] else "PyTorch reference",
             }
     return found
+
+
+def attention_backends() -> list[str]:
+    """What serves attention in each kind of pass, and why the others do not."""
+    heads = Heads(torch.bfloat16, 128)
+    lines = ["pairs, everywhere: own, since no other backend knows tangents"]
+    for device in [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]:
+        choice = choose("auto", machine_of(device, heads), heads)
+        lines.append(f"ordinary passes, {device}, {heads}: {choice.backend}, {choice.because}")
+        lines += [f"  not {name}: {why}" for name, why in choice.others.items()]
+    return [*lines, "ordinary passes, float32 and float64: own"]

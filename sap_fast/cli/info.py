@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sap_fast.cli.environment import backends, devices, environment, optional_versions
+from sap_fast.cli.environment import attention_backends, backends, devices, environment, optional_versions
 
 _HEADS = ("operation", "on cpu", "on cuda")
 
@@ -25,4 +25,7 @@ def main(argv: Sequence[str]) -> int:
     rows = [_HEADS, *((op, served["cpu"], served["cuda"]) for op, served in backends().items())]
     for op, cpu, cuda in rows:
         print(f"  {op:30} {cpu:18} {cuda}")
+    print("Attention (SAPConfig(attention='auto'))")
+    for line in attention_backends():
+        print(f"  {line}")
     return 0

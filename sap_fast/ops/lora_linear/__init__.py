@@ -73,7 +73,7 @@ def lora_linear(
     if seed is None:
         if any(target.dropout for target in targets):
             raise ValueError("dropout needs a seed: an int64 scalar tensor on the device of x")
-        seed = torch.zeros((), dtype=torch.int64, device=x.device)
+        seed = torch.empty((), dtype=torch.int64, device=x.device)  # its value does not matter
     flat = [tensor for target in targets for tensor in target[:6]]
     constants = (
         [float(target.scaling) for target in targets],

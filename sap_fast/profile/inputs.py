@@ -83,14 +83,16 @@ class Rounds:
         return rows.sequences, pairs.sequences // 2
 
     def tokens(self) -> dict[str, float]:
-        """Sizes, medians over what was drawn."""
+        """Sizes, medians over what was drawn; there are fewer rows than tokens where sequences share some."""
         return {
             "sequences": median(r.sequences for r in self.rows),
             "tokens": median(r.tokens for r in self.rows),
+            "rows": median(r.rows for r in self.rows),
             "tokens_padded": median(b["input_ids"].numel() for b in self.batches),
             "tokens_scored": median(r.scored for r in self.rows),
             "pairs": median(r.sequences // 2 for r in self.pair_rows),
             "pair_tokens": median(r.tokens for r in self.pair_rows),
+            "pair_rows": median(r.rows for r in self.pair_rows),
             "pair_tokens_padded": median(b["input_ids"].numel() for b in self.pairs),
             "pair_tokens_scored": median(r.scored for r in self.pair_rows),
         }

@@ -78,6 +78,7 @@ def test_flags_from_a_file_and_the_command_line_over_them(here: Path, kind: str)
         "overwrite": False,
         "lr_scheduler_kwargs": {},
         "strength": None,
+        "probe_every": 2,
         "save_total_limit": None,
         "save_strategy": False,
         "run_name": "-x",
@@ -89,6 +90,7 @@ def test_flags_from_a_file_and_the_command_line_over_them(here: Path, kind: str)
     assert report["training_arguments"]["max_steps"] == 3
     assert report["training_arguments"]["learning_rate"] == 1e-3
     assert report["method"]["probe_layers"] == [1, 2]
+    assert report["method"]["probe_every"] == 2
     assert report["training_arguments"]["save_total_limit"] is None  # as said, and not the default
     assert report["training_arguments"]["save_strategy"] == "no"  # which YAML takes for a truth value
     assert report["training_arguments"]["run_name"] == "-x"

@@ -149,6 +149,7 @@ def test_overwriting_takes_nothing_that_no_run_has_written(here: Path, capsys: A
     ("flags", "message"),
     [
         (["--method", "sap", "--strength", "-1"], "strength must be finite and not negative"),
+        (["--probe_every", "0"], "probe_every must be a whole number of at least 1"),
         (["--probe_layers", "7"], "probe_layers holds 7; the model has layers 0 to 3"),
         (["--target_modules", "no_proj"], "no adapters for target_modules=['no_proj']"),
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1"),

@@ -15,9 +15,9 @@ import torch
 import sap_fast
 from sap_fast.cli.arguments import parse
 from sap_fast.cli.errors import CommandError
+from sap_fast.cli.method import MethodArguments
 from sap_fast.cli.models import is_adapter, load_model, load_tokenizer
-from sap_fast.cli.train import MethodArguments, add_adapter
-from sap_fast.config import SAPConfig
+from sap_fast.cli.train import add_adapter
 from sap_fast.data import Collator, Encoded, encode_pairs, encode_tasks
 from sap_fast.hf.trainer import shuffled_rounds
 from sap_fast.profile.files import why_taken
@@ -77,40 +77,9 @@ class ProfileArguments:
             raise CommandError(reason)
 
 
-@dataclass
-class OptionArguments:
-    """Settings of Safety-Aware Probing; see sap_fast.SAPConfig."""
-
-    preset: Literal["default", "released", "paper"] = field(default="default", metadata={"help": "where to start from"})
-    guard: Literal["probe", "project", "counter", "probe+project"] | None = field(
-        default=None, metadata={"help": "what the harmful direction is used for; probe is SAP"}
-    )
-    probe_layers: list[int] | None = field(default=None, metadata={"help": "counted from 0; else the preset's"})
-    strength: float | None = field(default=None, metadata={"help": "of the probe"})
-    schedule: Literal["lagged", "fresh"] | None = field(default=None, metadata={"help": "which probe acts in a step"})
-    probe_every: int | None = field(default=None, metadata={"help": "find a probe in every so many steps"})
-    direction_every: int | None = field(default=None, metadata={"help": "find a direction in every so many steps"})
-    tangent_fraction: float | None = field(default=None, metadata={"help": "share of sequences with tangents"})
-    pairs_per_step: int | None = field(default=None, metadata={"help": "pairs drawn of those given to a step"})
-
-    def config(self) -> SAPConfig:
-        """The settings.
-
-        Raises:
-            CommandError: one is out of its range.
-        """
-        shared = {name: getattr(self, name) for name in ("preset", "guard", "probe_layers", "strength", "schedule")}
-        options = ("probe_every", "direction_every", "tangent_fraction", "pairs_per_step")
-        given = {name: getattr(self, name) for name in options if getattr(self, name) is not None}
-        try:
-            return MethodArguments(**shared).config().replace(**given)
-        except ValueError as error:
-            raise CommandError(str(error)) from None
-
-
 def main(argv: Sequence[str]) -> int:
     """Check everything, measure, print, write."""
-    args, options = parse("profile", (ProfileArguments, OptionArguments), argv, __doc__ or "")
+    args, options = parse("profile", (ProfileArguments, MethodArguments), argv, __doc__ or "")
     args.check()
     config = options.config()
 

@@ -6,7 +6,7 @@ Writes to the output folder: ``adapter/`` (a plain PEFT adapter, with the tokeni
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from sap_fast.cli.arguments import parse
 from sap_fast.cli.environment import environment
 from sap_fast.cli.errors import CommandError
 from sap_fast.cli.main import INTERRUPTED
+from sap_fast.cli.method import MethodArguments
 from sap_fast.cli.models import is_adapter, load_model, load_tokenizer, quiet
 from sap_fast.config import SAPConfig
 from sap_fast.data import Collator, Encoded, encode_pairs, encode_tasks
@@ -49,38 +50,8 @@ class RunArguments:
         default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "adapted linear maps, or all-linear"}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
-    overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in the output folder"})
-
-
-@dataclass
-class MethodArguments:
-    """Settings of Safety-Aware Probing; see sap_fast.SAPConfig."""
-
-    preset: Literal["default", "released", "paper"] = field(default="default", metadata={"help": "where to start from"})
-    guard: Literal["probe", "project", "counter", "probe+project"] | None = field(
-        default=None, metadata={"help": "what the harmful direction is used for; probe is SAP"}
-    )
-    probe_layers: list[int] | None = field(default=None, metadata={"help": "counted from 0; else the preset's"})
-    strength: float | None = field(default=None, metadata={"help": "of the probe"})
-    schedule: Literal["lagged", "fresh"] | None = field(default=None, metadata={"help": "which probe acts in a step"})
     safety_batch_size: int = field(default=8, metadata={"help": "pairs in each step"})
-
-    def config(self) -> SAPConfig:
-        """The settings.
-
-        Raises:
-            CommandError: one is out of its range.
-        """
-        presets: dict[str, Callable[..., SAPConfig]] = {
-            "default": SAPConfig,
-            "released": SAPConfig.released,
-            "paper": SAPConfig.paper,
-        }
-        given = {name: getattr(self, name) for name in ("guard", "probe_layers", "strength", "schedule")}
-        try:
-            return presets[self.preset](**{name: value for name, value in given.items() if value is not None})
-        except ValueError as error:
-            raise CommandError(str(error)) from None
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier run in the output folder"})
 
 
 @dataclass
@@ -163,7 +134,7 @@ def main(argv: Sequence[str]) -> int:
     args.output_dir = str(folder / "checkpoints")
     watch = Stopwatch()
     trainer = make_trainer(
-        model, args, data, tokenizer, config if run.method == "sap" else None, method.safety_batch_size, [watch]
+        model, args, data, tokenizer, config if run.method == "sap" else None, run.safety_batch_size, [watch]
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{run.model}: {trained:,} trained weights in adapters on {', '.join(run.target_modules)}, {args.device}")

@@ -15,7 +15,7 @@ from steps import CONFIG
 
 from sap_fast import Profile, SAPConfig
 from sap_fast.cli.main import main
-from sap_fast.cli.profile import OptionArguments
+from sap_fast.cli.method import MethodArguments
 from sap_fast.profile.phases import PHASES
 
 
@@ -205,10 +205,10 @@ def test_the_command(here: Path, capsys: Any) -> None:
 
 
 def test_the_command_takes_the_methods_settings() -> None:
-    options = OptionArguments(preset="paper", strength=0.5, probe_every=3, direction_every=6, pairs_per_step=2)
+    options = MethodArguments(preset="paper", strength=0.5, probe_every=3, direction_every=6, pairs_per_step=2)
     expected = SAPConfig.paper(strength=0.5, probe_every=3, direction_every=6, pairs_per_step=2)
     assert options.config() == expected
-    assert OptionArguments().config() == SAPConfig()
+    assert MethodArguments().config() == SAPConfig()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ output keep their meaning.
 
 Beneath the lowest probe the primal half needs no gradient, so the ops there run their half backward.
 
-Several passes can be run together. A layer's forward is written as a generator for one of them, which hands out what
-goes into a linear map and is handed back what comes out; the maps take the rows of all passes at once.
+Several passes can be run together: a layer's forward is a generator for one of them, which hands out what goes into
+linear maps and is handed back what comes out, and the maps take the rows of all passes at once.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -194,8 +194,7 @@ class Layer:
         """Run the layer for one pass, or for several together, of which only the first may be a pair.
 
         Args:
-            streams, probes, runs: of each pass; its probe is that of the layer before, whose sum with the stream is
-                taken here.
+            streams, probes, runs: of each pass; a probe is that of the layer before, added to the stream here.
 
         Returns:
             Of each pass the stream, and ``rstd [rows]`` of the sum (None in the first layer, which has none).

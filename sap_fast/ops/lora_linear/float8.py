@@ -27,16 +27,17 @@ class Float8Weight(NamedTuple):
     """A frozen W ``[d_out, d_in]`` for both of its products: by its rows (``x W^T``) and by its columns (``dy W``).
 
     The two copies take together what one in bfloat16 does. ``emulated``: whether products are formed in float32, on
-    any device, of what e4m3 holds.
+    any device, of what e4m3 holds. ``version``: of W, as torch counts writes to a tensor.
     """
 
     by_rows: Float8Matrix
     by_columns: Float8Matrix
     emulated: bool
+    version: int = 0
 
     @classmethod
     def of(cls, weight: Tensor, *, emulated: bool) -> "Float8Weight":
-        return cls(rounded(weight), rounded(weight.t()), emulated)
+        return cls(rounded(weight), rounded(weight.t()), emulated, weight._version)
 
 
 def rounded(x: Tensor) -> Float8Matrix:

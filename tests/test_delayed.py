@@ -70,7 +70,8 @@ def test_steps_are_those_of_two_passes(family: str, acting: bool, micros: int, c
     """... along the direction of the last step, whatever the pairs of this one say."""
     model, (batches, pairs) = tiny_model(family, targets=ALL_LINEAR), data(6)
     if checkpointing:
-        model.get_base_model().gradient_checkpointing_enable()
+        base: Any = model.get_base_model()
+        base._set_gradient_checkpointing(True)
         model.train()
     # The sign of a gradient could turn on a rounding.
     config = DELAYED.replace(probe_in_safety_pass=acting, probe_update="normalised")

@@ -168,7 +168,8 @@ class _Together(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple:
         maps, modes, stride = ctx.maps, ctx.modes, ctx.stride
         count, needs = len(maps.weights), ctx.needs_input_grad[1:]
-        stacks, rest = ctx.saved_tensors[: len(modes)], ctx.saved_tensors[len(modes) :]
+        saved = ctx.saved_tensors  # once: a checkpointed layer's can be unpacked no more often
+        stacks, rest = saved[: len(modes)], saved[len(modes) :]
         adapters = [rest[i : i + 4 * count] for i in range(0, len(rest), 4 * count)]
         cotangents = []
         for i, (mode, stack) in enumerate(zip(modes, stacks, strict=True)):

@@ -5,15 +5,26 @@ element is then off by at most 2^-4 of itself, or by 2^-10 / 448 of the row's la
 summed in float32 and multiplied by both rows' scales.
 """
 
+import functools
+from collections.abc import Callable
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sap_fast.ops._library import architecture
+
 _E4M3 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_E4M3).max
 # Tensor cores take operands of whole blocks of these.
 BLOCK = 16
+
+
+@functools.cache
+def _kernel() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    # Imported at the first call, since it imports Triton.
+    return import_module("sap_fast.ops.lora_linear.float8_kernel").rounded
 
 
 class Float8Matrix(NamedTuple):
@@ -41,7 +52,12 @@ class Float8Weight(NamedTuple):
 
 
 def rounded(x: Tensor) -> Float8Matrix:
-    """``x [n, k]``, of any floating-point dtype, by rows; a row of zeros stays one."""
+    """``x [n, k]``, of any floating-point dtype, by rows; a row of zeros stays one.
+
+    On CUDA tensors a Triton kernel serves it, else torch's ops, which would read and write more than the product saves.
+    """
+    if x.is_cuda and x.dtype != torch.float64 and architecture(x.device) is not None:
+        return Float8Matrix(*_kernel()(x))
     x = x.float()
     # Clamped, so that a row of zeros is not divided by zero.
     scale = (x.abs().amax(1, keepdim=True) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)

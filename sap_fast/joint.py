@@ -38,9 +38,8 @@ def dual_with_pairs(
     task = DualPass.start(decoder, first, probe, u)
     runs = [task.run, safety.run]
     streams = decoder.run_together(runs, [decoder.embed(run) for run in runs], 0, len(decoder.layers))
-    nll, _ = decoder.score(safety.run, streams[1])
     loss, loss_dot = mean(decoder.score(task.run, streams[0]), scored)
-    seen = safety.scored(nll)
+    seen = safety.scored(decoder.score(safety.run, streams[1])[0])
     # Neither of the two depends on the variables of the other.
     variables = [*task.variables, *decoder.trained.values()]
     grads = torch.autograd.grad([loss_dot, seen.loss], variables, allow_unused=True)

@@ -17,6 +17,7 @@ class _Place:
 
     directing: bool = False
     restarted: bool = False  # an ordinary pass that began above the lowest probe
+    together: bool = False  # several passes, the first of them the task's
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Observed(Decoder):
         """As :meth:`Decoder.run_together`, with a hook on the stream that leaves the lowest probed layer."""
         run = runs[0]
         self.place.restarted = start > 0 and not run.is_pair
+        self.place.together = len(runs) > 1
         above = None if self.cut is None else self.cut + 1
         if above is None or not start <= above < stop or not (run.is_pair or self.place.restarted):
             return super().run_together(runs, streams, start, stop)
@@ -74,6 +76,8 @@ class Observed(Decoder):
 
     def score(self, run: Pass, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """As :meth:`Decoder.score`, with a hook on the stream that enters it."""
+        if self.place.together and not run.is_pair:
+            return super().score(run, stream)  # in the phases of the pass that it is run with
         divided = run.is_pair or self.place.restarted
         if not divided:
             beneath_head = self._phase("backward", pair=False)

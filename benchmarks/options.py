@@ -35,6 +35,8 @@ from benchmarks import models
 from benchmarks.published_parts import trained
 from sap_fast import SAPConfig
 from sap_fast.data import Example, Pair, collate, collate_pairs, safety_pairs
+from sap_fast.direction import Direction
+from sap_fast.flat import Flat
 from sap_fast.passes import Gradients
 from sap_fast.probe import Probe
 from sap_fast.step import SAP
@@ -56,6 +58,9 @@ OPTIONS: tuple[Mapping[str, Any], ...] = (
     {"tangent_fraction": 0.25},
     {"direction_every": 4, "tangent_fraction": 0.25},
     {"pairs_per_step": PAIRS // 2},
+    {"delayed_direction": True},
+    {"float8": "emulated"},
+    {"delayed_direction": True, "float8": "emulated"},
 )
 # The exact step too, but for where its probe was found: on another batch and other pairs.
 CONTROL: Mapping[str, Any] = {"data": "other"}
@@ -115,12 +120,13 @@ class Observed(SAP):
     """A handle that keeps what its last step worked with.
 
     Attributes:
-        gradient: ``grad_V L_dot [P, d]`` that the probe was found on.
+        direction, gradient: what the probe was found along, and the ``grad_V L_dot [P, d]`` that it was found on.
         ages: steps since direction and probe were found.
     """
 
     def __init__(self, model: nn.Module, config: SAPConfig) -> None:
         super().__init__(model, config)
+        self.direction: Flat | None = None
         self.gradient: Tensor | None = None
         self.ages = {"direction_age": 0, "probe_age": 0}
 
@@ -129,20 +135,29 @@ class Observed(SAP):
         weights = self._decoder.trained.values()
         for p in weights:
             p.grad = None
+        before = self._state
         report = self.step(batch, pairs)
-        for name, found in (("direction_age", report.found_direction), ("probe_age", report.found_probe)):
-            self.ages = {**self.ages, name: 0 if found else self.ages[name] + 1}
+        # One that is found beside the pass that uses the last one is not in use yet.
+        found = report.found_direction and not (self.config.delayed_direction and before.direction is not None)
+        since = 0 if before.rhythm.age is None else before.rhythm.age
+        self.ages = {
+            "direction_age": 0 if found else since + 1,
+            "probe_age": 0 if report.found_probe else self.ages["probe_age"] + 1,
+        }
         return torch.cat([p.grad.flatten() for p in weights if p.grad is not None])
 
     def acting(self) -> dict[str, Tensor]:
         """What acts in the next step: vectors."""
-        state = self._state
-        assert self.gradient is not None and state.direction is not None  # a step was taken
+        assert self.gradient is not None and self.direction is not None  # a step was taken
         return {
-            "direction": state.direction.vector,
+            "direction": self.direction.vector,
             "probe_gradient": self.gradient.flatten(),
-            "probe": state.probe.vectors.flatten(),
+            "probe": self._state.probe.vectors.flatten(),
         }
+
+    def _inner_and_outer(self, task: Any, probe: Probe, u: Flat) -> tuple[Gradients, Direction | None]:
+        self.direction = u
+        return super()._inner_and_outer(task, probe, u)
 
     def _climb(self, gradients: Gradients) -> Probe:
         self.gradient = gradients.probe_dot

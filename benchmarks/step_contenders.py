@@ -11,7 +11,7 @@ of the adapters; the optimizer is left out of all.
 - ``liger-sft``: the same with Liger's kernels put into the model.
 - ``own-sft``: ``SAP.step`` without pairs.
 - ``lagged``, ``fresh``: ``SAP.step`` by its two schedules; ``lagged-padded``: on rows whose padding counts as tokens.
-- the others: ``lagged`` with options that save passes.
+- the others: ``lagged`` with options that save passes or work; ``float8`` where the device and the model allow it.
 """
 
 import io
@@ -30,7 +30,7 @@ from benchmarks.peers import AbsentError, installed
 from benchmarks.published_parts import pad_id, prompt_only, trained, training
 from benchmarks.published_step import PublishedStep
 from benchmarks.step_rows import Batch, Given, as_if_real, lengths
-from sap_fast import SAPConfig
+from sap_fast import SAP, SAPConfig, UnsupportedModelError
 
 # Of the released code (``model.py``).
 RELEASED_DROPOUT = 0.1
@@ -279,7 +279,7 @@ def _sap(config: SAPConfig, *, pairs: bool = True, padded: bool = False) -> Call
                 p.grad = None
             return sap.step(batch, contrast if pairs else None).loss
 
-        with sap_fast.attach(model, settings) as sap:
+        with _attached(model, settings) as sap:
             yield Run(
                 step,
                 given.batch,
@@ -290,6 +290,15 @@ def _sap(config: SAPConfig, *, pairs: bool = True, padded: bool = False) -> Call
             )
 
     return opened
+
+
+def _attached(model: nn.Module, config: SAPConfig) -> SAP:
+    try:
+        return sap_fast.attach(model, config)
+    except (ValueError, UnsupportedModelError) as error:
+        if not config.float8:
+            raise
+        raise AbsentError(str(error)) from error
 
 
 def _saving(period: int = 1, **options: Any) -> Contender:
@@ -313,6 +322,9 @@ CONTENDERS: dict[str, Contender] = {
     "direction-every+tangents": _saving(4, direction_every=4, tangent_fraction=0.25),
     "probe-every": _saving(8, probe_every=8),
     "pairs": _saving(pairs_per_step=1),
+    "delayed": _saving(delayed_direction=True),
+    "float8": _saving(float8=True),
+    "delayed+float8": _saving(delayed_direction=True, float8=True),
 }
 
 

@@ -18,27 +18,41 @@ struct Adapter {
   Mask mask;
 };
 
-std::vector<Adapter> adapters_of(const Tensor& x, at::TensorList weights, const Optionals& a, const Optionals& b,
-                                 const Optionals& a_dot, const Optionals& b_dot, const Tensor& seed,
+void check_weights(const Tensor& x, at::TensorList weights) {
+  for (const auto& weight : weights) {
+    TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(2) && weight.scalar_type() == x.scalar_type(),
+                "weight must be ", x.scalar_type(), " [d_out, ", x.size(2), "], but is ", weight.scalar_type(), " ",
+                weight.sizes());
+  }
+}
+
+// d_out of each target: the size of tensors along a dimension.
+std::vector<int64_t> widths_of(at::TensorList tensors, int64_t dim) {
+  std::vector<int64_t> widths;
+  for (const auto& tensor : tensors) {
+    widths.push_back(tensor.size(dim));
+  }
+  return widths;
+}
+
+std::vector<Adapter> adapters_of(const Tensor& x, const std::vector<int64_t>& widths, const Optionals& a,
+                                 const Optionals& b, const Optionals& a_dot, const Optionals& b_dot, const Tensor& seed,
                                  at::ArrayRef<double> scaling, at::ArrayRef<double> dropout, at::IntArrayRef salt,
                                  bool pair) {
-  const size_t targets = weights.size();
+  const size_t targets = widths.size();
   TORCH_CHECK(a.size() == targets && b.size() == targets && a_dot.size() == targets && b_dot.size() == targets &&
                   scaling.size() == targets && dropout.size() == targets && salt.size() == targets,
-              "all lists must have one element for each of the ", targets, " weights");
+              "all lists must have one element for each of the ", targets, " targets");
   const int64_t drawn = seed.item<int64_t>();
   const auto dtype = compute_type(x);
   std::vector<Adapter> adapters;
   for (size_t i = 0; i < targets; ++i) {
-    TORCH_CHECK(weights[i].dim() == 2 && weights[i].size(1) == x.size(2) && weights[i].scalar_type() == x.scalar_type(),
-                "weight must be ", x.scalar_type(), " [d_out, ", x.size(2), "], but is ", weights[i].scalar_type(), " ",
-                weights[i].sizes());
     const std::optional<Tensor> a_i = a.get(i), b_i = b.get(i), a_dot_i = a_dot.get(i), b_dot_i = b_dot.get(i);
     if (!a_i || !b_i) {
       continue;
     }
     TORCH_CHECK(dropout[i] >= 0 && dropout[i] < 1, "dropout must be at least 0 and less than 1, but is ", dropout[i]);
-    const int64_t d_out = weights[i].size(0), rank = a_i->size(0);
+    const int64_t d_out = widths[i], rank = a_i->size(0);
     const auto wide_a = [&](const Tensor& m) {
       TORCH_CHECK(m.sizes() == at::IntArrayRef({rank, x.size(2)}), "a must be ", rank, " x ", x.size(2), ", but is ",
                   m.sizes());
@@ -101,27 +115,9 @@ void parallel_groups(int64_t rows, int64_t width, const F& f) {
   parallel_rows((rows + kGroup - 1) / kGroup, kGroup * width, f);
 }
 
-std::vector<Tensor> lora_linear(const Tensor& x_in, at::TensorList weights, const Optionals& biases, const Optionals& a,
-                                const Optionals& b, const Optionals& a_dot, const Optionals& b_dot, const Tensor& seed,
-                                at::ArrayRef<double> scaling, at::ArrayRef<double> dropout, at::IntArrayRef salt) {
-  const WithoutAutocast guard;
-  check_stack("x", x_in, 3);
-  const auto x = x_in.contiguous();
+// Adds what the adapters give of x, which is contiguous, to the contiguous ys.
+void add_adapters(at::TensorList ys, const Tensor& x, const std::vector<Adapter>& adapters) {
   const int64_t halves = x.size(0), rows = x.size(1), d = x.size(2);
-  TORCH_CHECK(biases.size() == weights.size(), "bias must have one element for each of the ", weights.size(), " weights");
-  const auto adapters = adapters_of(x, weights, a, b, a_dot, b_dot, seed, scaling, dropout, salt, halves == 2);
-  for (size_t i = 0; i < weights.size(); ++i) {
-    if (const std::optional<Tensor> bias = biases.get(i)) {
-      check_is("bias", *bias, {weights[i].size(0)}, bias->scalar_type());
-    }
-  }
-  std::vector<Tensor> ys;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    ys.push_back(at::mm(x.view({halves * rows, d}), weights[i].t()).view({halves, rows, weights[i].size(0)}));
-    if (const std::optional<Tensor> bias = biases.get(i)) {
-      ys.back().select(0, 0).add_(*bias);  // affine: the tangent has none
-    }
-  }
   SAP_FAST_DISPATCH(x, "lora_linear", [&] {
     using C = compute_t<scalar_t>;
     parallel_groups(adapters.empty() ? 0 : rows, d, [&](int64_t begin, int64_t end) {
@@ -152,7 +148,60 @@ std::vector<Tensor> lora_linear(const Tensor& x_in, at::TensorList weights, cons
       }
     });
   });
+}
+
+std::vector<Tensor> lora_linear(const Tensor& x_in, at::TensorList weights, const Optionals& biases, const Optionals& a,
+                                const Optionals& b, const Optionals& a_dot, const Optionals& b_dot, const Tensor& seed,
+                                at::ArrayRef<double> scaling, at::ArrayRef<double> dropout, at::IntArrayRef salt) {
+  const WithoutAutocast guard;
+  check_stack("x", x_in, 3);
+  const auto x = x_in.contiguous();
+  const int64_t halves = x.size(0), rows = x.size(1), d = x.size(2);
+  TORCH_CHECK(biases.size() == weights.size(), "bias must have one element for each of the ", weights.size(), " weights");
+  check_weights(x, weights);
+  const auto adapters =
+      adapters_of(x, widths_of(weights, 0), a, b, a_dot, b_dot, seed, scaling, dropout, salt, halves == 2);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (const std::optional<Tensor> bias = biases.get(i)) {
+      check_is("bias", *bias, {weights[i].size(0)}, bias->scalar_type());
+    }
+  }
+  std::vector<Tensor> ys;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    ys.push_back(at::mm(x.view({halves * rows, d}), weights[i].t()).view({halves, rows, weights[i].size(0)}));
+    if (const std::optional<Tensor> bias = biases.get(i)) {
+      ys.back().select(0, 0).add_(*bias);  // affine: the tangent has none
+    }
+  }
+  add_adapters(ys, x, adapters);
   return ys;
+}
+
+// ... of products that are there: adds biases and adapters to them.
+void lora_linear_(at::TensorList ys, const Tensor& x_in, const Optionals& biases, const Optionals& a,
+                  const Optionals& b, const Optionals& a_dot, const Optionals& b_dot, const Tensor& seed,
+                  at::ArrayRef<double> scaling, at::ArrayRef<double> dropout, at::IntArrayRef salt) {
+  const WithoutAutocast guard;
+  check_stack("x", x_in, 3);
+  const auto x = x_in.contiguous();
+  const int64_t halves = x.size(0), rows = x.size(1);
+  TORCH_CHECK(!ys.empty() && biases.size() == ys.size(), "bias must have one element for each of the ", ys.size(), " y");
+  for (size_t i = 0; i < ys.size(); ++i) {
+    TORCH_CHECK(ys[i].dim() == 3 && ys[i].is_contiguous(), "y must be contiguous [", halves, ", ", rows,
+                ", d_out], but is ", ys[i].sizes());
+    check_is("y", ys[i], {halves, rows, ys[i].size(2)}, x.scalar_type());
+    if (const std::optional<Tensor> bias = biases.get(i)) {
+      check_is("bias", *bias, {ys[i].size(2)}, bias->scalar_type());
+    }
+  }
+  const auto adapters =
+      adapters_of(x, widths_of(ys, 2), a, b, a_dot, b_dot, seed, scaling, dropout, salt, halves == 2);
+  for (size_t i = 0; i < ys.size(); ++i) {
+    if (const std::optional<Tensor> bias = biases.get(i)) {
+      ys[i].select(0, 0).add_(*bias);  // affine: the tangent has none
+    }
+  }
+  add_adapters(ys, x, adapters);
 }
 
 // dy W summed over targets: one product in the compute dtype, or all of them, each rounded to storage by ATen.
@@ -169,33 +218,20 @@ std::vector<Tensor> frozen_products(const std::vector<Tensor>& dys, at::TensorLi
   return products;
 }
 
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backward(
-    at::TensorList dys_in, const Tensor& x_in, at::TensorList weights, const Optionals& a, const Optionals& b,
-    const Optionals& a_dot, const Optionals& b_dot, const Tensor& seed, at::ArrayRef<double> scaling,
-    at::ArrayRef<double> dropout, at::IntArrayRef salt, bool need_dx) {
-  const WithoutAutocast guard;
-  check_stack("x", x_in, 3);
-  TORCH_CHECK(!dys_in.empty() && dys_in.size() == weights.size(), "dy must be given for each of ", weights.size(),
-              " weights, but there are ", dys_in.size());
-  check_stack("dy", dys_in[0], 3);
-  const auto x = x_in.contiguous();
-  const int64_t n = dys_in[0].size(0), rows = x.size(1), d = x.size(2);
-  const bool full = n == 2;
-  TORCH_CHECK(n <= x.size(0), "dy has ", n, " halves, but x only ", x.size(0));
-  const auto adapters = adapters_of(x, weights, a, b, a_dot, b_dot, seed, scaling, dropout, salt, full);
-  std::vector<Tensor> dys;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    check_is("dy", dys_in[i], {n, rows, weights[i].size(0)}, x.scalar_type());
-    dys.push_back(dys_in[i].contiguous());
-  }
+using Gradients = std::pair<std::vector<Tensor>, std::vector<Tensor>>;
+
+// The gradients of the adapters. The first product becomes dx: the sum of the products and of what the adapters give;
+// without products it is not needed. All tensors are contiguous.
+Gradients adapters_backward(const std::vector<Tensor>& dys, const Tensor& x, const std::vector<Tensor>& products,
+                            const std::vector<Adapter>& adapters) {
+  const int64_t n = dys[0].size(0), rows = x.size(1), d = x.size(2);
+  const bool full = n == 2, need_dx = !products.empty();
   const auto wide = x.options().dtype(compute_type(x));
-  std::vector<Tensor> das(weights.size(), Tensor()), dbs(weights.size(), Tensor()), ts, dts;
+  std::vector<Tensor> das(dys.size(), Tensor()), dbs(dys.size(), Tensor()), ts, dts;
   for (const auto& one : adapters) {
     ts.push_back(at::zeros({rows, one.rank}, wide));
     dts.push_back(at::zeros({rows, one.rank}, wide));
   }
-  const auto products = need_dx ? frozen_products(dys, weights) : std::vector<Tensor>();
-  const auto dx = need_dx ? products[0].view({n, rows, d}) : at::empty({0, rows, d}, x.options());
 
   SAP_FAST_DISPATCH(x, "lora_linear_backward", [&] {
     using C = compute_t<scalar_t>;
@@ -204,7 +240,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
     for (const auto& product : products) {
       sources.push_back(product.const_data_ptr<scalar_t>());
     }
-    auto* pdx = need_dx ? dx.mutable_data_ptr<scalar_t>() : nullptr;
+    auto* pdx = need_dx ? products[0].mutable_data_ptr<scalar_t>() : nullptr;
     parallel_groups(adapters.empty() && sources.size() < 2 ? 0 : rows, d, [&](int64_t begin, int64_t end) {
       Rows<scalar_t> group(x, 1);
       std::vector<C> dt_primal, room, room_dot, dy_room, dy_dot_room;
@@ -270,11 +306,66 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
       }
     });
   });
-  for (size_t i = 0; i < weights.size(); ++i) {
+  for (size_t i = 0; i < dys.size(); ++i) {
     das[i] = das[i].defined() ? das[i] : at::empty({0}, wide);
     dbs[i] = dbs[i].defined() ? dbs[i].t().contiguous() : at::empty({0}, wide);
   }
-  return {dx, das, dbs};
+  return {das, dbs};
+}
+
+std::vector<Tensor> contiguous_cotangents(at::TensorList dys_in, const Tensor& x, const std::vector<int64_t>& widths) {
+  TORCH_CHECK(!dys_in.empty() && dys_in.size() == widths.size(), "dy must be given for each of ", widths.size(),
+              " weights, but there are ", dys_in.size());
+  check_stack("dy", dys_in[0], 3);
+  const int64_t n = dys_in[0].size(0);
+  TORCH_CHECK(n <= x.size(0), "dy has ", n, " halves, but x only ", x.size(0));
+  std::vector<Tensor> dys;
+  for (size_t i = 0; i < widths.size(); ++i) {
+    check_is("dy", dys_in[i], {n, x.size(1), widths[i]}, x.scalar_type());
+    dys.push_back(dys_in[i].contiguous());
+  }
+  return dys;
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backward(
+    at::TensorList dys_in, const Tensor& x_in, at::TensorList weights, const Optionals& a, const Optionals& b,
+    const Optionals& a_dot, const Optionals& b_dot, const Tensor& seed, at::ArrayRef<double> scaling,
+    at::ArrayRef<double> dropout, at::IntArrayRef salt, bool need_dx) {
+  const WithoutAutocast guard;
+  check_stack("x", x_in, 3);
+  const auto x = x_in.contiguous();
+  check_weights(x, weights);
+  const auto widths = widths_of(weights, 0);
+  const auto dys = contiguous_cotangents(dys_in, x, widths);
+  const int64_t n = dys[0].size(0);
+  const auto adapters = adapters_of(x, widths, a, b, a_dot, b_dot, seed, scaling, dropout, salt, n == 2);
+  const auto products = need_dx ? frozen_products(dys, weights) : std::vector<Tensor>();
+  const auto shape = std::vector<int64_t>{need_dx ? n : 0, x.size(1), x.size(2)};
+  auto [das, dbs] = adapters_backward(dys, x, products, adapters);
+  return {need_dx ? products[0].view(shape) : at::empty(shape, x.options()), std::move(das), std::move(dbs)};
+}
+
+// ... of products that are there, the first of which becomes dx.
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> lora_linear_backward_(
+    at::TensorList products_in, at::TensorList dys_in, const Tensor& x_in, const Optionals& a, const Optionals& b,
+    const Optionals& a_dot, const Optionals& b_dot, const Tensor& seed, at::ArrayRef<double> scaling,
+    at::ArrayRef<double> dropout, at::IntArrayRef salt) {
+  const WithoutAutocast guard;
+  check_stack("x", x_in, 3);
+  const auto x = x_in.contiguous();
+  for (const auto& dy : dys_in) {
+    check_stack("dy", dy, 3);
+  }
+  const auto widths = widths_of(dys_in, 2);
+  const auto dys = contiguous_cotangents(dys_in, x, widths);
+  const int64_t n = dys[0].size(0);
+  for (const auto& product : products_in) {
+    check_is("product", product, {n, x.size(1), x.size(2)}, x.scalar_type());
+    TORCH_CHECK(product.is_contiguous(), "product must be contiguous, but has strides ", product.strides());
+  }
+  const auto adapters = adapters_of(x, widths, a, b, a_dot, b_dot, seed, scaling, dropout, salt, n == 2);
+  auto [das, dbs] = adapters_backward(dys, x, products_in.vec(), adapters);
+  return {std::move(das), std::move(dbs)};
 }
 
 }  // namespace
@@ -282,5 +373,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
 
 TORCH_LIBRARY_IMPL(sap_fast, CPU, library) {
   library.impl("lora_linear", &sap_fast::lora_linear);
+  library.impl("lora_linear_", &sap_fast::lora_linear_);
   library.impl("lora_linear_backward", &sap_fast::lora_linear_backward);
+  library.impl("lora_linear_backward_", &sap_fast::lora_linear_backward_);
 }

@@ -61,6 +61,14 @@ class SAPConfig:
             own. ``"auto"``: the first of what is there that gives the same bits from run to run (``sap-fast info``
             tells which, and why not the others); or ``"own"``, ``"flash_attn"`` (the package), ``"varlen_attn"``,
             ``"sdpa"`` (PyTorch's). They differ in rounding. One that cannot serve the model is refused at ``attach``.
+        delayed_direction: each step uses the direction that the last one found, so that the pairs, which give the next
+            one, share their passes through the model with the task batch (with its first micro-batch). The first step
+            finds its own. Takes the memory of both at once.
+        float8: the products with frozen weights are formed in float8 (e4m3, scaled by rows) where only the direction
+            and the probe's gradient depend on them; the loss and the gradient of the weights, at the direction and
+            the probe in use, stay exact. True needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer and a
+            bfloat16 model; holds two copies of these weights, together as large as one in bfloat16. ``"emulated"``
+            gives the same rounding on any device and in any dtype and saves nothing.
         check: ``"now"`` looks at the step's numbers before ``.grad`` is written; ``"deferred"`` leaves a flag
             on the device and raises at the next step, without the guarantee that nothing was written.
 
@@ -89,6 +97,8 @@ class SAPConfig:
     pairs_per_step: int | None = None
     share_prefixes: bool = True
     attention: Literal["auto", "own", "flash_attn", "varlen_attn", "sdpa"] = "auto"
+    delayed_direction: bool = False
+    float8: bool | Literal["emulated"] = False
     check: Literal["now", "deferred"] = "now"
 
     def __post_init__(self) -> None:
@@ -124,6 +134,27 @@ class SAPConfig:
             )
         if self.gradient == "finite_difference" and self.tangent_fraction < 1:
             raise ValueError("tangent_fraction belongs to gradient='dual': a finite difference has no tangents")
+        self._check_shortcuts()
+
+    def _check_shortcuts(self) -> None:
+        """Refuse settings that have nothing to join or to round."""
+        if not isinstance(self.delayed_direction, bool):
+            raise ValueError(f"delayed_direction must be True or False, but is {self.delayed_direction!r}")
+        if not isinstance(self.float8, bool) and self.float8 != "emulated":
+            raise ValueError(f"float8 must be True, False or 'emulated', but is {self.float8!r}")
+        if self.gradient == "finite_difference" and (self.float8 or self.delayed_direction):
+            name = "float8" if self.float8 else "delayed_direction"
+            raise ValueError(f"{name} belongs to gradient='dual': a finite difference has no tangents")
+        if self.delayed_direction and not self.uses_probe:
+            raise ValueError(
+                f"guard={self.guard!r} has no dual pass for the pairs to share: leave delayed_direction off, and for "
+                "fewer directions set direction_every"
+            )
+        if self.delayed_direction and self.schedule != "lagged":
+            raise ValueError(
+                f"delayed_direction needs schedule='lagged', but schedule is {self.schedule!r}: only there is one pass "
+                "over the task batch that all of a step's numbers come from"
+            )
 
     @classmethod
     def released(cls, **changes: Any) -> "SAPConfig":

@@ -12,9 +12,12 @@ Families that normalise an output before it is added (sandwich norms) have ``rms
 output keep their meaning.
 
 Beneath the lowest probe the primal half needs no gradient, so the ops there run their half backward.
+
+Several passes can be run together: a layer's forward is a generator for one of them, which hands out what goes into
+linear maps and is handed back what comes out, and the maps take the rows of all passes at once.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,20 +30,26 @@ from torch.utils.checkpoint import checkpoint
 
 from sap_fast.batch import Rows
 from sap_fast.dual import halves
+from sap_fast.lockstep import lockstep
 from sap_fast.ops import (
     LoRATarget,
+    Part,
     attention,
     glu,
     linear_cross_entropy,
-    lora_linear,
+    lora_linear_together,
     probe_rms_norm,
     rms_norm,
     rotary,
     take_rows,
 )
 from sap_fast.ops._library import compute_dtype
+from sap_fast.ops.lora_linear.float8 import Float8Weight
 
 Weights = Mapping[str, Tensor]
+Pair = tuple[Tensor, Tensor | None]
+# What a traversal hands out, the maps' input and the maps, and is handed back, their outputs.
+Asked = tuple[Pair, Sequence["Projection"]]
 
 
 class Stream(NamedTuple):
@@ -62,7 +71,8 @@ class Pass:
     ``theta`` holds the values of all LoRA tensors by name. ``theta_dot`` holds the direction, and makes the pass
     a pair; gradients go to it (see :func:`sap_fast.ops.lora_linear`), else to ``theta``. ``probe`` holds
     ``[S, d]`` stacks by layer. ``seed`` draws the dropout masks; None is a pass without dropout. ``rotary`` holds
-    ``(cos, sin)`` of every row by the layers' ``rotary_type``.
+    ``(cos, sin)`` of every row by the layers' ``rotary_type``. ``float8`` holds frozen weights in float8 by module,
+    where products of this pass are to be formed in that.
     """
 
     rows: Rows
@@ -71,6 +81,7 @@ class Pass:
     probe: Mapping[int, Tensor]
     seed: Tensor | None
     rotary: Mapping[str | None, tuple[Tensor, Tensor]]
+    float8: Mapping[nn.Module, Float8Weight] | None = None
     rms: dict[int, Tensor] = field(default_factory=dict)  # per-row RMS of each probed layer's output [rows]
 
     @property
@@ -129,8 +140,9 @@ class Projection:
     def target(self, run: Pass) -> LoRATarget:
         weight = self.base.weight.detach()
         bias = None if self.base.bias is None else self.base.bias.detach()
+        float8 = None if run.float8 is None else run.float8[self.base]
         if not self.adapter:
-            return LoRATarget(weight, bias)
+            return LoRATarget(weight, bias, float8=float8)
         drop, dot = self.lora.lora_dropout[self.adapter], run.theta_dot
         dropping = run.seed is not None and drop.training and isinstance(drop, nn.Dropout)
         return LoRATarget(
@@ -143,6 +155,7 @@ class Projection:
             self.lora.scaling[self.adapter],
             drop.p if dropping else 0.0,
             self.salt,
+            float8,
         )
 
 
@@ -177,29 +190,44 @@ class Layer:
         stream = self.norm_before_attention, self.norm_after_attention, self.norm_before_mlp, self.norm_after_mlp
         return tuple(norm for norm in (*stream, self.q_norm, self.k_norm) if norm is not None)
 
-    def forward(self, stream: Stream, probe: Tensor | None, run: Pass) -> tuple[Stream, Tensor | None]:
-        """Run the layer; ``probe`` is that of the layer before, whose sum with the stream is taken here.
+    def forward(
+        self, streams: Sequence[Stream], probes: Sequence[Tensor | None], runs: Sequence[Pass]
+    ) -> list[tuple[Stream, Tensor | None]]:
+        """Run the layer for one pass, or for several together, of which only the first may be a pair.
+
+        Args:
+            streams, probes, runs: of each pass; a probe is that of the layer before, added to the stream here.
 
         Returns:
-            The stream, and ``rstd [rows]`` of the sum (None in the first layer, which has none).
+            Of each pass the stream, and ``rstd [rows]`` of the sum (None in the first layer, which has none).
         """
+        return lockstep(
+            [self._traverse(*each) for each in zip(streams, probes, runs, strict=True)],
+            lambda asked: lora_linear_together(
+                [Part(*x, [p.target(run) for p in maps], run.seed) for (x, maps), run in zip(asked, runs, strict=True)]
+            ),
+        )
+
+    def _traverse(
+        self, stream: Stream, probe: Tensor | None, run: Pass
+    ) -> Generator[Asked, list[Pair], tuple[Stream, Tensor | None]]:
         residual, residual_dot, update, _ = stream
         rstd: Tensor | None = None
         if update is None:
             y, y_dot = self.norm_before_attention(residual, residual_dot)
         else:
             residual, residual_dot, y, y_dot, rstd = self.norm_before_attention.of_sum(stream, probe)
-        m, m_dot = self._attention(y, y_dot, run)
+        m, m_dot = yield from self._attention(y, y_dot, run)
         if self.norm_after_attention is not None:
             m, m_dot = self.norm_after_attention(m, m_dot)
         residual, residual_dot, y, y_dot, _ = self.norm_before_mlp.of_sum(Stream(residual, residual_dot, m, m_dot))
-        m, m_dot = self._mlp(y, y_dot, run)
+        m, m_dot = yield from self._mlp(y, y_dot)
         if self.norm_after_mlp is not None:
             m, m_dot = self.norm_after_mlp(m, m_dot)
         return Stream(residual, residual_dot, m, m_dot), rstd
 
-    def _attention(self, y: Tensor, y_dot: Tensor | None, run: Pass) -> tuple[Tensor, Tensor | None]:
-        qkv = lora_linear(y, y_dot, [p.target(run) for p in self.qkv], seed=run.seed)
+    def _attention(self, y: Tensor, y_dot: Tensor | None, run: Pass) -> Generator[Asked, list[Pair], Pair]:
+        qkv = yield (y, y_dot), self.qkv
         (q, q_dot), (k, k_dot), (v, v_dot) = ((self._heads(x), self._heads(x_dot)) for x, x_dot in qkv)
         if self.q_norm is not None:
             q, q_dot = self.q_norm(q, q_dot)
@@ -216,16 +244,18 @@ class Layer:
         if shared is not None:
             ((o, o_dot),) = take_rows([(o, o_dot)], shared.merged)
         o, o_dot = o.flatten(1), None if o_dot is None else o_dot.flatten(1)
-        return lora_linear(o, o_dot, [self.o.target(run)], seed=run.seed)[0]
+        ((m, m_dot),) = yield (o, o_dot), (self.o,)
+        return m, m_dot
 
     def _heads(self, x: Any) -> Any:
         """``[rows, heads * head_dim]`` as ``[rows, heads, head_dim]``; None stays None."""
         return None if x is None else x.unflatten(-1, (-1, self.head_dim))
 
-    def _mlp(self, y: Tensor, y_dot: Tensor | None, run: Pass) -> tuple[Tensor, Tensor | None]:
-        (gate, gate_dot), (up, up_dot) = lora_linear(y, y_dot, [p.target(run) for p in self.gate_up], seed=run.seed)
+    def _mlp(self, y: Tensor, y_dot: Tensor | None) -> Generator[Asked, list[Pair], Pair]:
+        (gate, gate_dot), (up, up_dot) = yield (y, y_dot), self.gate_up
         y, y_dot = glu(gate, gate_dot, up, up_dot, activation=self.activation)
-        return lora_linear(y, y_dot, [self.down.target(run)], seed=run.seed)[0]
+        ((m, m_dot),) = yield (y, y_dot), (self.down,)
+        return m, m_dot
 
 
 @dataclass(frozen=True)
@@ -240,6 +270,7 @@ class Decoder:
     rotary_embedding: Any
     adapters: Weights  # every LoRA tensor of the active adapter, by name
     trained: Mapping[str, nn.Parameter]  # those that require grad: theta
+    float8: Mapping[nn.Module, Float8Weight] | None = field(default=None, kw_only=True)  # frozen weights, for pairs
 
     @property
     def device(self) -> torch.device:
@@ -310,7 +341,7 @@ class Decoder:
                 which = {} if kind is None else {"layer_type": kind}
                 cos, sin = self.rotary_embedding(like, rows.position_ids[None], **which)
                 tables[kind] = cos[0], sin[0]
-        return Pass(rows, theta, theta_dot, probe or {}, seed, tables)
+        return Pass(rows, theta, theta_dot, probe or {}, seed, tables, None if theta_dot is None else self.float8)
 
     def embed(self, run: Pass) -> Stream:
         """The stream that enters the first layer. Embeddings are frozen, so their tangent is zero."""
@@ -326,17 +357,22 @@ class Decoder:
 
     def run_layers(self, run: Pass, stream: Stream, start: int, stop: int) -> Stream:
         """Run layers ``start`` to ``stop - 1``; the stream is that which left layer ``start - 1``."""
+        return self.run_together([run], [stream], start, stop)[0]
+
+    def run_together(self, runs: Sequence[Pass], streams: Sequence[Stream], start: int, stop: int) -> list[Stream]:
+        """... of several passes, with one frozen product for the rows of all; only the first may be a pair."""
         for i in range(start, stop):
-            module, probe = self.layers[i].module, run.probe.get(i - 1)
+            module, probes = self.layers[i].module, [run.probe.get(i - 1) for run in runs]
             # nn.Module's own __call__: some versions of transformers checkpoint in the layer class's.
             call = partial(nn.Module.__call__, module)
             if module.training and getattr(module, "gradient_checkpointing", False):
                 # Dropout masks are functions of the seed: recomputation needs no generator state.
                 call = partial(checkpoint, call, use_reentrant=False, preserve_rng_state=False)
-            stream, rstd = call(stream, probe, run)
-            if probe is not None:
-                run.rms[i - 1] = _rms(rstd, self.layers[i].norm_before_attention.eps)
-        return stream
+            streams, rstds = zip(*call(streams, probes, runs), strict=True)
+            for run, probe, rstd in zip(runs, probes, rstds, strict=True):
+                if probe is not None:
+                    run.rms[i - 1] = _rms(rstd, self.layers[i].norm_before_attention.eps)
+        return list(streams)
 
     def score(self, run: Pass, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """Final norm and head on the rows that predict a scored token: ``(nll, nll_dot) [scored]``."""

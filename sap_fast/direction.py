@@ -4,15 +4,16 @@ Going along ``+u`` lowers the log-probability of chosen answers against rejected
 safe. The answers are teacher-forced and the labels shifted (``sap_fast/batch.py``); sums are in float32.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sap_fast.batch import Rows
 from sap_fast.config import SAPConfig
-from sap_fast.decoder import Decoder
+from sap_fast.decoder import Decoder, Pass
 from sap_fast.flat import Flat
 
 # A pair whose weight sigmoid(-margin / temperature) lies beneath this adds nothing to the direction.
@@ -36,28 +37,64 @@ class Direction:
     tokens: int
 
 
-def harmful_direction(decoder: Decoder, rows: Rows, probe: Mapping[int, Tensor], config: SAPConfig) -> Direction:
-    """Compute the direction from packed pairs, without dropout (it is a property of the weights).
+@dataclass(frozen=True)
+class SafetyPass:
+    """The pass over packed pairs whose gradient is the direction: begun, to be run alone or together with another.
 
-    Args:
-        rows: packed pairs, chosen sequences first.
-        probe: ``[1, d]`` by layer, what acts during this pass; empty for none.
+    It is without dropout, since the direction is a property of the weights. ``run``: what the decoder is to run.
     """
-    run = decoder.start(rows, seed=None, probe=probe)
-    nll, _ = decoder.forward(run)
-    margin = pair_margins(-nll, rows, per_token=config.per_token)
-    loss, weight = safety_loss(margin, config)
-    found = torch.autograd.grad(loss, list(decoder.trained.values()), allow_unused=True)
-    gradient = Flat.of(decoder.trained, found)
-    norm = gradient.norm()
-    return Direction(
-        u=gradient / norm,
-        norm=norm,
-        loss=loss.detach(),
-        margin=margin.detach().mean(),
-        saturated=(weight < SATURATED).float().mean(),
-        tokens=rows.tokens,
-    )
+
+    decoder: Decoder
+    rows: Rows
+    run: Pass
+    config: SAPConfig
+
+    @classmethod
+    def start(cls, decoder: Decoder, rows: Rows, probe: Mapping[int, Tensor], config: SAPConfig) -> "SafetyPass":
+        """Prepare it.
+
+        Args:
+            rows: packed pairs, chosen sequences first.
+            probe: ``[1, d]`` by layer, what acts during this pass; empty for none.
+        """
+        run = decoder.start(rows, seed=None, probe=probe)
+        # An ordinary pass, but one whose gradient only has to point somewhere.
+        return cls(decoder, rows, replace(run, float8=decoder.float8), config)
+
+    def scored(self, nll: Tensor) -> "_Scored":
+        """What the negative log-likelihoods of its scored tokens, ``nll [M]``, come to."""
+        margin = pair_margins(-nll, self.rows, per_token=self.config.per_token)
+        return _Scored(*safety_loss(margin, self.config), margin)
+
+    def direction(self, scored: "_Scored", gradient: Sequence[Tensor | None]) -> Direction:
+        """The direction that the gradient of ``scored.loss``, with respect to ``decoder.trained``, points in."""
+        whole = Flat.of(self.decoder.trained, gradient)
+        norm = whole.norm()
+        return Direction(
+            u=whole / norm,
+            norm=norm,
+            loss=scored.loss.detach(),
+            margin=scored.margin.detach().mean(),
+            saturated=(scored.weight < SATURATED).float().mean(),
+            tokens=self.rows.tokens,
+        )
+
+
+class _Scored(NamedTuple):
+    """The safety loss, and of each pair its weight in the gradient and its margin ``[P]``."""
+
+    loss: Tensor
+    weight: Tensor
+    margin: Tensor
+
+
+def harmful_direction(decoder: Decoder, rows: Rows, probe: Mapping[int, Tensor], config: SAPConfig) -> Direction:
+    """Compute the direction by a pass of its own; the arguments are those of :meth:`SafetyPass.start`."""
+    safety = SafetyPass.start(decoder, rows, probe, config)
+    nll, _ = decoder.forward(safety.run)
+    scored = safety.scored(nll)
+    found = torch.autograd.grad(scored.loss, list(decoder.trained.values()), allow_unused=True)
+    return safety.direction(scored, found)
 
 
 def pair_margins(log_p: Tensor, rows: Rows, *, per_token: bool) -> Tensor:

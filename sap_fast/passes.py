@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def ordinary(
     Args:
         scored: tokens that the mean is over; those of ``micros`` if None.
     """
-    scored = _scored(micros) if scored is None else scored
+    scored = tokens_scored(micros) if scored is None else scored
 
     def share(micro: Micro) -> Gradients:
         run = decoder.start(micro.rows, micro.seed, probe=probe.singles() if probe else None)
@@ -81,6 +82,38 @@ def ordinary(
     return _sum(map(share, micros))
 
 
+@dataclass(frozen=True)
+class DualPass:
+    """A dual pass over one micro-batch: begun, to be run alone or together with another.
+
+    ``directions`` and ``leaves`` are the variables that its backward finds gradients of.
+    """
+
+    micro: Micro
+    probe: Probe
+    directions: dict[str, Tensor]
+    leaves: dict[int, Tensor]
+    run: Pass
+
+    @classmethod
+    def start(cls, decoder: Decoder, micro: Micro, probe: Probe, u: Flat) -> "DualPass":
+        directions = {name: t.detach().requires_grad_() for name, t in u.items()}
+        leaves = probe.pairs()
+        run = decoder.start(micro.rows, micro.seed, theta_dot=directions, probe=leaves)
+        return cls(micro, probe, directions, leaves, run)
+
+    @property
+    def variables(self) -> list[Tensor]:
+        return [*self.directions.values(), *self.leaves.values()]
+
+    def share(self, loss: Tensor, loss_dot: Tensor, grads: Sequence[Any]) -> Gradients:
+        """What comes of its share of ``(L, L_dot)`` and of the gradients of L_dot, None where there is none."""
+        theta = Flat.of(self.directions, grads[: len(self.directions)])
+        climb = torch.stack(tuple(grads[len(self.directions) :]))
+        weight = self.micro.weight
+        return _share(loss, loss_dot * weight, theta, climb * weight, _rms(self.run, self.probe))
+
+
 def dual(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, *, scored: int | None = None) -> Gradients:
     """Everything at once, by one dual pass: the inner and the outer problem at the same probe.
 
@@ -88,17 +121,12 @@ def dual(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, *, sc
         u: the unit direction over all trained weights.
         scored: tokens that the mean is over; those of ``micros`` if None.
     """
-    scored = _scored(micros) if scored is None else scored
+    scored = tokens_scored(micros) if scored is None else scored
 
     def share(micro: Micro) -> Gradients:
-        directions = {name: t.detach().requires_grad_() for name, t in u.items()}
-        leaves = probe.pairs()
-        run = decoder.start(micro.rows, micro.seed, theta_dot=directions, probe=leaves)
-        loss, loss_dot = _mean(decoder.forward(run), scored)
-        grads = torch.autograd.grad(loss_dot, [*directions.values(), *leaves.values()], allow_unused=True)
-        theta = Flat.of(u, grads[: len(u)])
-        climb = torch.stack(grads[len(u) :])
-        return _share(loss, loss_dot * micro.weight, theta, climb * micro.weight, _rms(run, probe))
+        task = DualPass.start(decoder, micro, probe, u)
+        loss, loss_dot = mean(decoder.forward(task.run), scored)
+        return task.share(loss, loss_dot, torch.autograd.grad(loss_dot, task.variables, allow_unused=True))
 
     return _sum(map(share, micros))
 
@@ -112,9 +140,20 @@ def divided(decoder: Decoder, parts: Sequence[tuple[Micro, Micro]], probe: Probe
     Args:
         parts: of each micro-batch the sequences with tangents, which carry the weight, and the others.
     """
+    chosen, others, scored = sides(parts)
+    return completed(decoder, dual(decoder, chosen, probe, u, scored=scored), others, probe, u, scored=scored)
+
+
+def sides(parts: Sequence[tuple[Micro, Micro]]) -> tuple[list[Micro], list[Micro], int]:
+    """Those with tangents, the others, and the scored tokens of all."""
     chosen, others = (list(side) for side in zip(*parts, strict=True))
-    scored = _scored(chosen) + _scored(others)
-    with_tangents = dual(decoder, chosen, probe, u, scored=scored)
+    return chosen, others, tokens_scored(chosen) + tokens_scored(others)
+
+
+def completed(
+    decoder: Decoder, with_tangents: Gradients, others: Sequence[Micro], probe: Probe, u: Flat, *, scored: int
+) -> Gradients:
+    """What a dual pass over some sequences has found, completed by an ordinary one over the others."""
     without = ordinary(decoder, others, probe, scored=scored)
     theta = with_tangents.theta + without.theta
     return replace(
@@ -146,7 +185,7 @@ def inner(
         keep: whether to keep what lies beneath the lowest probe for :func:`restarted`.
         scored: tokens that the mean is over; those of ``micros`` if None.
     """
-    scored = _scored(micros) if scored is None else scored
+    scored = tokens_scored(micros) if scored is None else scored
     lowest, depth = min(probe.layers), len(decoder.layers)
     cuts = []
 
@@ -163,7 +202,7 @@ def inner(
         assert residual_dot is not None and update is not None and update_dot is not None  # it is a pair
         start = Stream(residual.detach(), residual_dot.detach(), update.detach(), update_dot.detach())
         nll = decoder.score(above, decoder.run_layers(above, start, lowest + 1, depth))
-        loss, loss_dot = _mean(nll, scored)
+        loss, loss_dot = mean(nll, scored)
         grads = torch.autograd.grad(loss_dot, list(leaves.values()))
         if keep:
             cuts.append(_Cut(micro, directions, residual, update, (residual_dot, update_dot)))
@@ -178,13 +217,13 @@ def restarted(decoder: Decoder, cuts: Sequence[_Cut], probe: Probe) -> Gradients
     What lies beneath does not depend on V. Its backward is the half backward of the dual pass: the cotangent
     of the tangent half is the ordinary gradient, so dL/dstream is handed to the kept graph as that of the tangents.
     """
-    scored, lowest, depth = _scored([cut.micro for cut in cuts]), min(probe.layers), len(decoder.layers)
+    scored, lowest, depth = tokens_scored([cut.micro for cut in cuts]), min(probe.layers), len(decoder.layers)
 
     def share(cut: _Cut) -> Gradients:
         run = decoder.start(cut.micro.rows, cut.micro.seed, probe=probe.singles())
         residual, update = cut.residual.detach().requires_grad_(), cut.update.detach().requires_grad_()
         stream = decoder.run_layers(run, Stream(residual, None, update, None), lowest + 1, depth)
-        loss, _ = _mean(decoder.score(run, stream), scored)
+        loss, _ = mean(decoder.score(run, stream), scored)
         *above, dresidual, dupdate = torch.autograd.grad(
             loss, [*decoder.trained.values(), residual, update], allow_unused=True
         )
@@ -206,7 +245,7 @@ def finite_difference(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u
     For comparison: it costs as much, and its rounding error is that of a gradient divided by ``radius``
     (0-dim). The moved weights are copies; the model's are never written.
     """
-    scored, trained = _scored(micros), decoder.trained
+    scored, trained = tokens_scored(micros), decoder.trained
     moved = (Flat.of(trained) + u * radius).copies(trained)
 
     def share(micro: Micro) -> Gradients:
@@ -225,11 +264,12 @@ def finite_difference(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u
     return _sum(map(share, micros))
 
 
-def _scored(micros: Sequence[Micro]) -> int:
+def tokens_scored(micros: Sequence[Micro]) -> int:
+    """... of all micro-batches."""
     return sum(micro.rows.scored for micro in micros)
 
 
-def _mean(nll: tuple[Tensor, Tensor | None], scored: int) -> tuple[Tensor, Tensor]:
+def mean(nll: tuple[Tensor, Tensor | None], scored: int) -> tuple[Tensor, Tensor]:
     """A micro-batch's share of ``(L, L_dot)``; in an ordinary pass L_dot is 0."""
     loss = nll[0].sum() / scored
     return loss, torch.zeros_like(loss) if nll[1] is None else nll[1].sum() / scored

@@ -15,14 +15,18 @@ from torch import Tensor, nn
 
 from sap_fast import passes
 from sap_fast.attention_backends import with_attention
+from sap_fast.batch import Rows
 from sap_fast.config import SAPConfig
 from sap_fast.convert import base_model, check_adapters, read_decoder
 from sap_fast.decoder import Decoder
-from sap_fast.direction import Direction, harmful_direction
+from sap_fast.direction import Direction, SafetyPass, harmful_direction
 from sap_fast.errors import StepRefusedError
 from sap_fast.flat import Flat
+from sap_fast.float8 import check_unchanged, float8_weights
 from sap_fast.guard import guarded
 from sap_fast.integrity import Snapshot
+from sap_fast.joint import divided_with_pairs, dual_with_pairs
+from sap_fast.mark import mark, unmark
 from sap_fast.packing import Packer
 from sap_fast.passes import Gradients, Micro
 from sap_fast.probe import Probe
@@ -45,10 +49,14 @@ class _State:
 
 @dataclass(frozen=True)
 class _Task:
-    """A step's task batch: all of it, and, if only some of its sequences carry tangents, those and the others."""
+    """What the task passes read: the batch, and pairs that are to be run with it.
+
+    ``parts``: if only some of its sequences carry tangents, those and the others.
+    """
 
     micros: list[Micro]
     parts: list[tuple[Micro, Micro]] | None = None
+    pairs: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,8 @@ class SAP:
     def __init__(self, model: nn.Module, config: SAPConfig) -> None:
         self.config = config
         decoder = with_attention(read_decoder(model), config.attention)
+        if config.float8:
+            decoder = replace(decoder, float8=float8_weights(decoder, emulated=config.float8 == "emulated"))
         # Given up at detach, so that the handle does not keep the model's weights alive.
         self._attached: tuple[Decoder, Snapshot] | None = (decoder, Snapshot.of(model))
         self._layers = config.layers_of(len(decoder.layers)) if config.uses_probe else ()
@@ -83,9 +93,9 @@ class SAP:
         self._state = _State(probe, None, Rhythm.of(config))
         self._deferred: _Deferred | None = None
         base = base_model(model)
-        _mark(base)
+        mark(base)
         # Called by detach, or when a handle is dropped without it; runs once.
-        self._release = weakref.finalize(self, _unmark, weakref.ref(base))
+        self._release = weakref.finalize(self, unmark, weakref.ref(base))
 
     @property
     def probe(self) -> Mapping[int, Tensor]:
@@ -134,6 +144,8 @@ class SAP:
         probes = pair_rows is not None and rhythm.probes(config)
         if pairs is not None and pair_rows is not None and directs and config.pairs_per_step is not None:
             pair_rows = some_pairs(pairs, pair_rows, config.pairs_per_step, packer)
+        if pair_rows is not None and directs:
+            pair_rows = packer.shared(pair_rows)
         micros = [Micro(r, self._draw_seed()) for r in rows]
         parts = None
         if probes and config.tangent_fraction < 1:
@@ -141,11 +153,13 @@ class SAP:
 
         with decoder.installed(), torch.enable_grad():
             direction = None
-            if pair_rows is not None and directs:
+            # A delayed direction is known already, but in the first step.
+            delayed = directs and config.delayed_direction and self._state.direction is not None
+            if pair_rows is not None and directs and not delayed:
                 decoder.enter("direction")
-                acting = self._state.probe.singles() if config.probe_in_safety_pass else {}
-                direction = harmful_direction(decoder, packer.shared(pair_rows), acting, config)
-            outcome = self._compute(_Task(micros, parts), direction, plain=pair_rows is None, probes=probes)
+                direction = harmful_direction(decoder, pair_rows, self._acting(), config)
+            task = _Task(micros, parts, pair_rows if delayed else None)
+            outcome = self._compute(task, direction, plain=pair_rows is None, probes=probes)
         self._check(outcome)
         self._commit(outcome)
         return outcome.report
@@ -203,6 +217,7 @@ class SAP:
         if self._attached is not None:
             self._attached[1].check()
         check_adapters(decoder)
+        check_unchanged(decoder)
         return decoder
 
     def _draw_seed(self) -> Tensor | None:
@@ -215,7 +230,7 @@ class SAP:
         """Run the passes that the configuration asks for, then the guard.
 
         Args:
-            direction: if this step found one; else the last one is used.
+            direction: if this step found one to use; else the last one is used.
             plain: without pairs there is neither a direction nor a probe.
             probes: whether this step finds a probe.
         """
@@ -232,7 +247,8 @@ class SAP:
         elif config.schedule == "lagged":
             # One pass is inner and outer at once: the gradient at the last step's probe, and the next probe.
             used = probe
-            gradients = self._inner_and_outer(task, used, u)
+            gradients, next_direction = self._inner_and_outer(task, used, u)
+            direction = next_direction or direction
             found = self._climb(gradients)
         else:
             gradients, found = self._fresh(task, u)
@@ -244,15 +260,26 @@ class SAP:
         rhythm = state.rhythm if plain else state.rhythm.after(directed=direction is not None)
         if direction is not None and state.direction is not None and config.direction_min_cosine is not None:
             rhythm = rhythm.adapted(float(report.direction_cosine), config)
-        return _Outcome(theta, direction, _State(found, u if u is not None else state.direction, rhythm), report)
+        kept = direction.u if direction else state.direction
+        return _Outcome(theta, direction, _State(found, kept, rhythm), report)
 
-    def _inner_and_outer(self, task: _Task, probe: Probe, u: Flat) -> Gradients:
-        decoder = self._decoder
-        if self.config.gradient == "finite_difference":
-            return passes.finite_difference(decoder, task.micros, probe, u, self._alpha())
+    def _inner_and_outer(self, task: _Task, probe: Probe, u: Flat) -> tuple[Gradients, Direction | None]:
+        """... and the next direction, if the pairs are run with the task."""
+        config, decoder = self.config, self._decoder
+        if task.pairs is not None:
+            safety = SafetyPass.start(decoder, task.pairs, self._acting(), config)
+            if task.parts is not None:
+                return divided_with_pairs(decoder, task.parts, probe, u, safety)
+            return dual_with_pairs(decoder, task.micros, probe, u, safety)
+        if config.gradient == "finite_difference":
+            return passes.finite_difference(decoder, task.micros, probe, u, self._alpha()), None
         if task.parts is not None:
-            return passes.divided(decoder, task.parts, probe, u)
-        return passes.dual(decoder, task.micros, probe, u)
+            return passes.divided(decoder, task.parts, probe, u), None
+        return passes.dual(decoder, task.micros, probe, u), None
+
+    def _acting(self) -> Mapping[int, Tensor]:
+        """The probe that acts on the pairs."""
+        return self._state.probe.singles() if self.config.probe_in_safety_pass else {}
 
     def _fresh(self, task: _Task, u: Flat) -> tuple[Gradients, Probe]:
         """Find the probe from zero, then take the gradient in its presence."""
@@ -359,34 +386,11 @@ def attach(model: nn.Module, config: SAPConfig | None = None) -> SAP:
 
     Raises:
         UnsupportedModelError: something in the model has no pair rule; the message names it. Nothing changed.
-        ValueError: probe layers that the model does not have; an attention backend that cannot serve it here.
+        ValueError: probe layers that the model does not have; an attention backend that cannot serve it here; float8
+            without a device that has it.
         RuntimeError: the model is attached already.
     """
     return SAP(model, config or SAPConfig())
-
-
-class _Attached:
-    """Set on the transformers model while it is attached, so that a PEFT model around it counts as attached too.
-
-    A copy of the model, by deepcopy or pickle, is another model: the mark becomes None there.
-    """
-
-    NAME = "_sap_fast_attached"
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()
-
-
-def _mark(base: nn.Module) -> None:
-    if isinstance(getattr(base, _Attached.NAME, None), _Attached):
-        raise RuntimeError("this model is attached already: use that handle, or detach it first")
-    setattr(base, _Attached.NAME, _Attached())
-
-
-def _unmark(reference: weakref.ref[nn.Module]) -> None:
-    base = reference()
-    if base is not None:
-        base.__dict__.pop(_Attached.NAME, None)
 
 
 def _cosine(product: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -34,6 +34,12 @@ def test_options_writes_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[s
         first, *later = by_option[name]
         assert all(first[column] > 1 - 1e-6 for column in options.COSINES)
         assert all(row["direction"] < 0.999 for row in later[:3])
+    # The second look is at the first step that uses the direction of the one before it.
+    first, *later = by_option["delayed_direction=True"]
+    assert first["direction_age"] == 0 and all(first[column] > 1 - 1e-6 for column in options.COSINES)
+    assert all(row["direction_age"] == 1 and row["direction"] < 0.999 for row in later)
+    # Off by the rounding of single products, at random.
+    assert all(0.9 < row["direction"] < 1 and 0.9 < row["probe_gradient"] < 1 for row in by_option["float8=emulated"])
     half = by_option["pairs_per_step=2"]
     assert all(0 < row["direction"] < 0.999 for row in half)
     for entry in result["summary"]:

@@ -61,6 +61,8 @@ def test_every_contender_has_its_row(tmp_path: Path, capsys: pytest.CaptureFixtu
         if peers.installed(package) is None:
             assert skipped[name] == f"{package} is not installed"
             assert f"skipped: {name}, {package} is not installed" in said
+    for name in ("float8", "delayed+float8"):
+        assert skipped[name].startswith("float8=True needs an NVIDIA GPU, but the model is on cpu")
     for name, row in found.items():
         assert row.keys() == KEYS, name
         assert (row["padding"], row["dtype"], row["rounds"], row["peak_memory"]) == ("real", "float32", 1, None)
@@ -72,7 +74,7 @@ def test_every_contender_has_its_row(tmp_path: Path, capsys: pytest.CaptureFixtu
     tokens = {name: (sum(row["task_lengths"]), sum(row["pair_lengths"])) for name, row in found.items()}
     task, pairs = found["lagged"]["task_tokens"], found["lagged"]["pair_tokens"]
     padded = math.prod(found["lagged"]["task_shape"]), math.prod(found["lagged"]["pair_shape"])
-    assert tokens["lagged"] == tokens["fresh"] == tokens["probe-every"] == (task, pairs)
+    assert tokens["lagged"] == tokens["fresh"] == tokens["probe-every"] == tokens["delayed"] == (task, pairs)
     assert tokens["own-sft"] == (task, 0) and tokens["plain-sft"] == (padded[0], 0)
     assert tokens["tidy"] == tokens["lagged-padded"] == padded > (task, pairs)
     assert tokens["released"] == (4 * 40, 2 * 40)
@@ -156,7 +158,7 @@ def test_a_wrong_contender_is_refused_before_timing(
     assert "refused: tidy, ZeroDivisionError: of a kind, float32, real" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["fresh", "lagged", "released", "tidy", "probe-every"])
+@pytest.mark.parametrize("name", ["fresh", "lagged", "released", "tidy", "probe-every", "delayed"])
 def test_the_probe_in_use_is_looked_at(name: str) -> None:
     """A contender whose second step forgot its probe would be refused."""
     model = tiny()

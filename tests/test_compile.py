@@ -67,6 +67,17 @@ def test_compiles(op: OpCases, case: Case, arch: str, dtype: str) -> None:
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_rounding_to_float8_compiles(arch: str) -> None:
+    """For the architectures that multiply in it, at the widths of every map of the larger models."""
+    from sap_fast.ops.lora_linear.float8_kernel import rounded
+
+    with compiling(arch) as kernels:
+        for width in (576, 4096, 14336):
+            rounded(torch.zeros(3, width, dtype=torch.bfloat16))
+    assert len(kernels) == 3 and all(kernel.local == 0 for kernel in kernels)
+
+
 def test_recorded_local_memory_is_of_wide_or_float32_kernels() -> None:
     """In bfloat16 nothing spills at head dims up to 128 and hidden sizes up to 8192."""
     for name in LOCAL:

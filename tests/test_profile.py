@@ -54,6 +54,15 @@ def test_the_phases_of_a_step_in_their_order(config: SAPConfig, expected: list[s
     assert seen == expected
 
 
+def test_pairs_that_run_with_the_task_have_its_phases() -> None:
+    model, seen = tiny_model(), []
+    with sap_fast.attach(model, CONFIG.replace(delayed_direction=True)) as sap:
+        step = contenders(model, sap)["sap"]
+        step.run(random_batch(), random_pairs(), ignored)
+        step.run(random_batch(), random_pairs(), seen.append)
+    assert seen == ["data", "forward", *DUAL, "update", *END]  # an ordinary pass is begun, for the pairs
+
+
 def test_plain_fine_tuning_has_ordinary_phases() -> None:
     model = tiny_model()
     with sap_fast.attach(model, CONFIG) as sap:

@@ -65,9 +65,10 @@ def architecture(device: torch.device) -> str | None:
 
 
 def launcher(name: str) -> Callable[..., Any]:
-    """Import the Triton launcher of a raw op: ``forward``, ``backward`` or ``backward_`` of its ``kernels.py``."""
-    op, backward, in_place = name.partition("_backward")
-    return getattr(import_module(f"sap_fast.ops.{op}.kernels"), f"backward{in_place}" if backward else "forward")
+    """Import a raw op's Triton launcher: ``forward`` or ``backward`` of its ``kernels.py``, or ``forward_``, ..."""
+    in_place = "_" * name.endswith("_")
+    op, backward, _ = name.removesuffix("_").partition("_backward")
+    return getattr(import_module(f"sap_fast.ops.{op}.kernels"), f"{'backward' if backward else 'forward'}{in_place}")
 
 
 def _triton(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -37,25 +37,37 @@ def matrix_flops(op: Any, args: Sequence[Any], kwargs: Named, out: Any) -> int:
 
 
 def _lora_linear(named: Named) -> int:
+    halves, rows, _ = named["x"].shape
+    frozen = 2 * halves * rows * sum(weight.numel() for weight in named["weight"])
+    return frozen + _adapters(named, [weight.shape[0] for weight in named["weight"]])
+
+
+def _lora_linear_(named: Named) -> int:
+    return _adapters(named, [y.shape[2] for y in named["y"]])
+
+
+def _adapters(named: Named, widths: Sequence[int]) -> int:
     halves, rows, width = named["x"].shape
     # Of a pair: B A x; B A x_dot, B_dot A x, B A_dot x, which share their last product.
     products = 1 if halves == 1 else 3
-    total = 0
-    for weight, a in zip(named["weight"], named["a"], strict=True):
-        total += halves * rows * weight.numel()
-        total += 0 if a is None else products * rows * a.shape[0] * (width + weight.shape[0])
-    return 2 * total
+    ranks = [0 if a is None else a.shape[0] for a in named["a"]]
+    return 2 * products * rows * sum(rank * (width + d_out) for rank, d_out in zip(ranks, widths, strict=True))
 
 
 def _lora_linear_backward(named: Named) -> int:
+    rows = named["x"].shape[1]
+    frozen = sum(dy.shape[0] * rows * weight.numel() for dy, weight in zip(named["dy"], named["weight"], strict=True))
+    return 2 * frozen * named["need_dx"] + _lora_linear_backward_(named)
+
+
+def _lora_linear_backward_(named: Named) -> int:
     rows, width = named["x"].shape[1:]
     total = 0
-    for dy, weight, a in zip(named["dy"], named["weight"], named["a"], strict=True):
+    for dy, a in zip(named["dy"], named["a"], strict=True):
         full = dy.shape[0] == 2
-        total += dy.shape[0] * rows * weight.numel() * named["need_dx"]
         if a is not None:
             # dy B, its product with A, x A^T, and the gradients of A and B; in full mode the other cotangent's too.
-            total += rows * a.shape[0] * ((4 if full else 2) * weight.shape[0] + (5 if full else 3) * width)
+            total += rows * a.shape[0] * ((4 if full else 2) * dy.shape[2] + (5 if full else 3) * width)
     return 2 * total
 
 
@@ -108,7 +120,9 @@ _ROW_WISE = (
 _OWN: dict[str, Callable[[Named], int]] = {
     **dict.fromkeys(_ROW_WISE, _none),
     "lora_linear": _lora_linear,
+    "lora_linear_": _lora_linear_,
     "lora_linear_backward": _lora_linear_backward,
+    "lora_linear_backward_": _lora_linear_backward_,
     # q k^T and p v; of a pair also those with a tangent on each side.
     "attention": _attention(2, 6, "q"),
     # The scores again, and those of dp, dq, dk, dv.

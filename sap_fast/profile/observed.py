@@ -1,6 +1,6 @@
 """A decoder that says where the phases of a step begin. What it computes is what the decoder itself computes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -17,6 +17,7 @@ class _Place:
 
     directing: bool = False
     restarted: bool = False  # an ordinary pass that began above the lowest probe
+    together: bool = False  # several passes, the first of them the task's
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,23 @@ class Observed(Decoder):
         self.begin(self._phase("forward", pair=theta_dot is not None))
         return super().start(rows, seed, theta=theta, theta_dot=theta_dot, probe=probe)
 
-    def run_layers(self, run: Pass, stream: Stream, start: int, stop: int) -> Stream:
-        """As :meth:`Decoder.run_layers`, with a hook on the stream that leaves the lowest probed layer."""
+    def run_together(self, runs: Sequence[Pass], streams: Sequence[Stream], start: int, stop: int) -> list[Stream]:
+        """As :meth:`Decoder.run_together`, with a hook on the stream that leaves the lowest probed layer."""
+        run = runs[0]
         self.place.restarted = start > 0 and not run.is_pair
+        self.place.together = len(runs) > 1
         above = None if self.cut is None else self.cut + 1
         if above is None or not start <= above < stop or not (run.is_pair or self.place.restarted):
-            return super().run_layers(run, stream, start, stop)
+            return super().run_together(runs, streams, start, stop)
         if start < above:
-            stream = super().run_layers(run, stream, start, above)
-        self._when_passed(stream, "backward_beneath")
-        return super().run_layers(run, stream, above, stop)
+            streams = super().run_together(runs, streams, start, above)
+        self._when_passed(streams[0], "backward_beneath")
+        return super().run_together(runs, streams, above, stop)
 
     def score(self, run: Pass, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """As :meth:`Decoder.score`, with a hook on the stream that enters it."""
+        if self.place.together and not run.is_pair:
+            return super().score(run, stream)  # in the phases of the pass that it is run with
         divided = run.is_pair or self.place.restarted
         if not divided:
             beneath_head = self._phase("backward", pair=False)

@@ -6,22 +6,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from sap_fast.dual import halves, pullback, pushforward, stacked
+from sap_fast.dual import halves, stacked
 from sap_fast.ops._library import (
     Mode,
     check_device,
     check_dtype,
     check_pair,
     check_shape,
-    compute_dtype,
-    define,
     split_cotangent,
     stacked_cotangent,
 )
+from sap_fast.ops.lora_linear import rules  # noqa: F401  (defines the raw ops)
 from sap_fast.ops.lora_linear.dropout import dropout_mask
-from sap_fast.ops.lora_linear.reference import adapter
+from sap_fast.ops.lora_linear.float8 import Float8Weight
 
 __all__ = ["LoRATarget", "dropout_mask", "lora_linear"]
 
@@ -32,7 +30,8 @@ class LoRATarget(NamedTuple):
     ``weight [d_out, d_in]``, ``bias [d_out]`` or None, ``a [rank, d_in]`` and ``b [d_out, rank]`` or None;
     ``a_dot, b_dot``: the direction u in the space of a and b (float32), or None in an ordinary pass. ``scaling``
     is alpha / rank, or alpha / sqrt(rank) for rsLoRA. ``dropout`` is its probability, ``salt`` tells the masks
-    of different modules apart.
+    of different modules apart. ``float8``: the weight in float8, where some of its products are to be formed in that;
+    :func:`lora_linear` itself does not look at it (see ``together.py``).
     """
 
     weight: Tensor
@@ -44,6 +43,7 @@ class LoRATarget(NamedTuple):
     scaling: float = 1.0
     dropout: float = 0.0
     salt: int = 0
+    float8: Float8Weight | None = None
 
 
 def lora_linear(
@@ -67,12 +67,8 @@ def lora_linear(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; dropout without a seed.
     """
-    check_pair("x", x, x_dot, 2)
-    for target in targets:
-        _check_target(x, x_dot, target)
+    check_targets(x, x_dot, targets, seed)
     if seed is None:
-        if any(target.dropout for target in targets):
-            raise ValueError("dropout needs a seed: an int64 scalar tensor on the device of x")
         seed = torch.empty((), dtype=torch.int64, device=x.device)  # its value does not matter
     flat = [tensor for target in targets for tensor in target[:6]]
     constants = (
@@ -82,6 +78,15 @@ def lora_linear(
     )
     ys = _LoRALinear.apply(x, x_dot, seed, constants, *flat)
     return list(zip(ys[0::2], ys[1::2], strict=True))
+
+
+def check_targets(x: Tensor, x_dot: Tensor | None, targets: Sequence[LoRATarget], seed: Tensor | None) -> None:
+    """Refuse what :func:`lora_linear` cannot take."""
+    check_pair("x", x, x_dot, 2)
+    for target in targets:
+        _check_target(x, x_dot, target)
+    if seed is None and any(target.dropout for target in targets):
+        raise ValueError("dropout needs a seed: an int64 scalar tensor on the device of x")
 
 
 def _check_target(x: Tensor, x_dot: Tensor | None, target: LoRATarget) -> None:
@@ -159,103 +164,3 @@ class _LoRALinear(torch.autograd.Function):
             None,
             *grads,
         )
-
-
-def _keep(x: Tensor, seed: Tensor, salt: int, p: float) -> Tensor | None:
-    return dropout_mask(seed, salt, x.shape[1], x.shape[2], p) if p else None
-
-
-def _adapter_stacks(
-    halves_in_x: int, a: Tensor, b: Tensor, a_dot: Tensor | None, b_dot: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    if halves_in_x == 1 or a_dot is None or b_dot is None:
-        return a.to(dtype)[None], b.to(dtype)[None]
-    return torch.stack((a.to(dtype), a_dot.to(dtype))), torch.stack((b.to(dtype), b_dot.to(dtype)))
-
-
-def _forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    a: list[Tensor | None],
-    b: list[Tensor | None],
-    a_dot: list[Tensor | None],
-    b_dot: list[Tensor | None],
-    seed: Tensor,
-    scaling: list[float],
-    dropout: list[float],
-    salt: list[int],
-) -> list[Tensor]:
-    ys = []
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        y = F.linear(x, weight)  # linear: both halves alike, the weight read once
-        if bias is not None:
-            y[0] += bias  # affine: the tangent has none
-        if (a_i := a[i]) is not None and (b_i := b[i]) is not None:
-            adapters = _adapter_stacks(x.shape[0], a_i, b_i, a_dot[i], b_dot[i], compute_dtype(x))
-            keep = _keep(x, seed, salt[i], dropout[i])
-            (delta,) = pushforward(lambda x, a, b: adapter(x, a, b, scaling[i], keep), x, *adapters)  # noqa: B023
-            y = (y + delta).to(x.dtype)
-        ys.append(y)
-    return ys
-
-
-def _backward(
-    dys: list[Tensor],
-    x: Tensor,
-    weights: list[Tensor],
-    a: list[Tensor | None],
-    b: list[Tensor | None],
-    a_dot: list[Tensor | None],
-    b_dot: list[Tensor | None],
-    seed: Tensor,
-    scaling: list[float],
-    dropout: list[float],
-    salt: list[int],
-    need_dx: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    dtype = compute_dtype(x)
-    dx = x.new_zeros((dys[0].shape[0] if need_dx else 0, *x.shape[1:]), dtype=dtype)
-    das, dbs = [], []
-    for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
-        if need_dx:
-            dx += dy @ weight
-        da, db = dx.new_empty(0), dx.new_empty(0)
-        if (a_i := a[i]) is not None and (b_i := b[i]) is not None:
-            adapters = _adapter_stacks(dy.shape[0], a_i, b_i, a_dot[i], b_dot[i], dtype)
-            keep = _keep(x, seed, salt[i], dropout[i])
-            dx_i, da, db = pullback(
-                lambda x, a, b: adapter(x, a, b, scaling[i], keep),  # noqa: B023
-                (x.to(dtype), *adapters),
-                (dy.to(dtype),),
-            )
-            if need_dx:
-                dx += dx_i
-            # The last half is the ordinary gradient; the first, in full mode, a Hessian-vector product.
-            da, db = da[-1].clone(), db[-1].clone()
-        das.append(da)
-        dbs.append(db)
-    return dx.to(x.dtype), das, dbs
-
-
-def _fake_backward(dys: list[Tensor], x: Tensor, weights: list[Tensor], a: list, b: list, *rest: Any) -> tuple:
-    dtype, need_dx = compute_dtype(x), rest[-1]
-    like = [(x.new_empty(0 if t is None else t.shape, dtype=dtype)) for t in (*a, *b)]
-    dx = x.new_empty((dys[0].shape[0] if need_dx else 0, *x.shape[1:]))
-    return dx, like[: len(a)], like[len(a) :]
-
-
-_ADAPTERS = "Tensor?[] a, Tensor?[] b, Tensor?[] a_dot, Tensor?[] b_dot"
-_CONSTANTS = "Tensor seed, float[] scaling, float[] dropout, int[] salt"
-
-define(
-    f"lora_linear(Tensor x, Tensor[] weight, Tensor?[] bias, {_ADAPTERS}, {_CONSTANTS}) -> Tensor[]",
-    _forward,
-    lambda x, weights, *_: [x.new_empty((*x.shape[:2], weight.shape[0])) for weight in weights],
-)
-define(
-    f"lora_linear_backward(Tensor[] dy, Tensor x, Tensor[] weight, {_ADAPTERS}, {_CONSTANTS}, bool need_dx) "
-    "-> (Tensor, Tensor[], Tensor[])",
-    _backward,
-    _fake_backward,
-)

@@ -161,12 +161,32 @@ def forward(
     # Both halves at once: the weight is read once.
     flat = x.reshape(halves * rows, d_in)
     ys = [F.linear(flat, weight).view(halves, rows, weight.shape[0]) for weight in weights]
+    forward_(ys, x, biases, a, b, a_dot, b_dot, seed, scaling, dropout, salt)
+    return ys
+
+
+def forward_(
+    ys: list[Tensor],
+    x: Tensor,
+    biases: list[Tensor | None],
+    a: list[Tensor | None],
+    b: list[Tensor | None],
+    a_dot: list[Tensor | None],
+    b_dot: list[Tensor | None],
+    seed: Tensor,
+    scaling: list[float],
+    dropout: list[float],
+    salt: list[int],
+) -> None:
+    """Serves ``sap_fast::lora_linear_``."""
+    x = rows_of(x)
+    halves, rows, d_in = x.shape
     for y, bias, a_i in zip(ys, biases, a, strict=True):
         if a_i is None and bias is not None:
             y[0] += bias
     adapters = _adapters(a, b, a_dot, b_dot, scaling, dropout, salt)
     if not adapters:
-        return ys
+        return
 
     tiles = _tiles(str(architecture(x.device)), x.dtype, adapters)
     plan = _plan(x.dtype, adapters, halves, [d_in], tiles.ranks)
@@ -200,7 +220,6 @@ def forward(
         EACH=len(adapters),
         PAIR=halves == 2,
     )
-    return ys
 
 
 def backward(
@@ -226,10 +245,33 @@ def backward(
         flat = dx.view(n * rows, d_in)
         for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
             torch.addmm(flat, dy.reshape(n * rows, dy.shape[2]), weight, beta=min(i, 1), out=flat)
+    das, dbs = backward_([dx] * need_dx, dys, x, a, b, a_dot, b_dot, seed, scaling, dropout, salt)
+    return dx, das, dbs
+
+
+def backward_(
+    products: list[Tensor],
+    dys: list[Tensor],
+    x: Tensor,
+    a: list[Tensor | None],
+    b: list[Tensor | None],
+    a_dot: list[Tensor | None],
+    b_dot: list[Tensor | None],
+    seed: Tensor,
+    scaling: list[float],
+    dropout: list[float],
+    salt: list[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Serves ``sap_fast::lora_linear_backward_``."""
+    x, dys = rows_of(x), [rows_of(dy) for dy in dys]
+    n, rows, _ = dys[0].shape
+    d_in = x.shape[2]
+    for product in products[1:]:
+        products[0] += product
     das, dbs = ([empty(x, *((0,) if m is None else m.shape), dtype=torch.float32) for m in ms] for ms in (a, b))
     adapters = _adapters(a, b, a_dot, b_dot, scaling, dropout, salt)
     if not adapters:
-        return dx, das, dbs
+        return das, dbs
 
     tiles = _tiles(str(architecture(x.device)), x.dtype, adapters)
     plan = _plan(x.dtype, adapters, n + 1, (d_in, *(one.b.shape[0] for one in adapters)), tiles.ranks)
@@ -252,19 +294,21 @@ def backward(
         PAIR_TOGETHER=False,
         PAIR_EACH=n == 2,
     )
-    if need_dx:
+    if products:
         launch(
             up_kernel,
             (triton.cdiv(d_in, tiles.up.blocks["BN"]), triton.cdiv(rows, tiles.up.blocks["BM"]), 1),
             tiles.up,
-            tuple(_side(one, dx, one.a, one.a_dot, tiles.ranks_up, swapped=True, masked=True) for one in adapters),
+            tuple(
+                _side(one, products[0], one.a, one.a_dot, tiles.ranks_up, swapped=True, masked=True) for one in adapters
+            ),
             *((), dt, *common),
             TOGETHER=len(adapters),
             EACH=0,
             PAIR=n == 2,
         )
     _matrix_gradients(adapters, das, dbs, dys, x, t, seed, plan, tiles)
-    return dx, das, dbs
+    return das, dbs
 
 
 def _matrix_gradients(

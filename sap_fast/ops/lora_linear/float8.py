@@ -1,0 +1,75 @@
+"""Frozen products in float8 (e4m3, 3 bits of mantissa), with a scale for every row of either operand.
+
+A matrix is divided, row by row, by what makes its largest element 448, the largest that e4m3 holds, and rounded: an
+element is then off by at most 2^-4 of itself, or by 2^-10 / 448 of the row's largest where that is more. Products are
+summed in float32 and multiplied by both rows' scales.
+"""
+
+import functools
+from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sap_fast.ops._library import architecture
+
+_E4M3 = torch.float8_e4m3fn
+_LARGEST = torch.finfo(_E4M3).max
+# Tensor cores take operands of whole blocks of these.
+BLOCK = 16
+
+
+@functools.cache
+def _kernel() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    # Imported at the first call, since it imports Triton.
+    return import_module("sap_fast.ops.lora_linear.float8_kernel").rounded
+
+
+class Float8Matrix(NamedTuple):
+    """``values [n, k]`` in e4m3, contiguous, times ``scale [n, 1]`` in float32."""
+
+    values: Tensor
+    scale: Tensor
+
+
+class Float8Weight(NamedTuple):
+    """A frozen W ``[d_out, d_in]`` for both of its products: by its rows (``x W^T``) and by its columns (``dy W``).
+
+    The two copies take together what one in bfloat16 does. ``emulated``: whether products are formed in float32, on
+    any device, of what e4m3 holds. ``version``: of W, as torch counts writes to a tensor.
+    """
+
+    by_rows: Float8Matrix
+    by_columns: Float8Matrix
+    emulated: bool
+    version: int = 0
+
+    @classmethod
+    def of(cls, weight: Tensor, *, emulated: bool) -> "Float8Weight":
+        return cls(rounded(weight), rounded(weight.t()), emulated, weight._version)
+
+
+def rounded(x: Tensor) -> Float8Matrix:
+    """``x [n, k]``, of any floating-point dtype, by rows; a row of zeros stays one.
+
+    On CUDA tensors a Triton kernel serves it, else torch's ops, which would read and write more than the product saves.
+    """
+    if x.is_cuda and x.dtype != torch.float64 and architecture(x.device) is not None:
+        return Float8Matrix(*_kernel()(x))
+    x = x.float()
+    # Clamped, so that a row of zeros is not divided by zero.
+    scale = (x.abs().amax(1, keepdim=True) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    # The quotient of the largest element may be an eps above 448, which rounds to it; contiguous, as W^T is not.
+    return Float8Matrix((x / scale).to(_E4M3).contiguous(), scale)
+
+
+def product(x: Float8Matrix, weight: Float8Matrix, out: Tensor, *, emulated: bool) -> Tensor:
+    """``x W^T`` of ``x [m, k]`` and ``W [n, k]``, written to ``out [m, n]``, which is bfloat16 unless emulated."""
+    if emulated:
+        sums = x.values.float() @ weight.values.float().t()
+        return out.copy_(sums * x.scale * weight.scale.t())
+    operands = x.values, weight.values.t(), x.scale, weight.scale.t()
+    # Sums in full float32, as emulated: Hopper's fast ones keep 14 bits.
+    return torch._scaled_mm(*operands, out_dtype=out.dtype, use_fast_accum=False, out=out)

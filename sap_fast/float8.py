@@ -7,7 +7,7 @@ from torch import nn
 
 from sap_fast.decoder import Decoder
 from sap_fast.errors import UnsupportedModelError
-from sap_fast.ops.lora_linear.float8 import BLOCK, Float8Weight
+from sap_fast.ops.lora_linear.float8 import BLOCK, Float8Weight, product, rounded
 
 # Hopper. The chips of 8.9 multiply in float8 too, by other kernels than these, on which nothing here was tried.
 CAPABILITY = (9, 0)
@@ -34,6 +34,7 @@ def float8_weights(decoder: Decoder, *, emulated: bool) -> Mapping[nn.Module, Fl
                     f"{name} is {tuple(weight.shape)}: float8 products take sizes that are multiples of {BLOCK}; leave "
                     "float8 off"
                 )
+        _try(decoder.device)
     with torch.no_grad():
         return {module: Float8Weight.of(module.weight, emulated=emulated) for _, module in _linears(decoder)}
 
@@ -60,14 +61,29 @@ def _linears(decoder: Decoder) -> Iterator[tuple[str, nn.Linear]]:
             yield f"layers.{i}.{name}", projection.base
 
 
+_WAY_OUT = "float8='emulated' has the same rounding on any device, and saves nothing"
+
+
 def _check_device(device: torch.device) -> None:
-    way_out = "float8='emulated' has the same rounding on any device, and saves nothing"
     if device.type != "cuda" or torch.version.hip:
         kind = "an AMD GPU" if torch.version.hip else str(device)
-        raise ValueError(f"float8=True needs an NVIDIA GPU, but the model is on {kind}; {way_out}")
+        raise ValueError(f"float8=True needs an NVIDIA GPU, but the model is on {kind}; {_WAY_OUT}")
     capability = torch.cuda.get_device_capability(device)
     if capability < CAPABILITY:
         raise ValueError(
             f"float8=True needs compute capability {'.'.join(map(str, CAPABILITY))} (Hopper) or newer, but "
-            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}; {way_out}"
+            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}; {_WAY_OUT}"
         )
+
+
+def _try(device: torch.device) -> None:
+    """Form a small product: which devices have those with scales by rows differs between releases of torch."""
+    x = rounded(torch.ones(BLOCK, BLOCK, device=device))
+    try:
+        product(x, x, torch.empty(BLOCK, BLOCK, device=device, dtype=torch.bfloat16), emulated=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"float8=True: torch {torch.__version__} forms no such product on {torch.cuda.get_device_name(device)} "
+            f"({reason}); {_WAY_OUT}"
+        ) from error

@@ -5,7 +5,8 @@ backward. Adapters, which take other rules in an ordinary pass than in a pair, a
 
 Where targets hold a weight in float8, two products take the place of one: in float8 are all rows of ordinary streams,
 the tangent halves in the forward and, in the backward, the cotangents of primal halves. So the values of a pair, and
-the cotangents of its tangents, which are the ordinary gradient, are those of a pass without float8.
+the cotangents of its tangents, which are the ordinary gradient, are those of a pass without float8: in every bit, where
+the order of a product's sums does not depend on how many rows there are.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 TEST_ENV := CUBLAS_WORKSPACE_CONFIG=:4096:8
 
 KERNEL_TESTS := $(TEST_ENV) TRITON_INTERPRET=1 .venv/bin/python -m pytest \
-	tests/test_kernels.py tests/test_kernel_edges.py tests/test_kernel_dropout.py tests/test_kernel_step.py
+	tests/test_kernels.py tests/test_kernel_edges.py tests/test_kernel_dropout.py tests/test_kernel_step.py \
+	tests/test_kernel_float8.py
 
 # The oldest supported Triton, put over the release that torch asks for.
 OLDEST_TRITON := triton==3.6.0

@@ -18,6 +18,8 @@ WEIGHTS = {"llama-2-7b": 4, "smollm2": 2, "qwen2.5-7b": 3}
 # Seconds between the end of what a run may begin and the end of the run: the last round, launches, and its start.
 ENDING = 40.0
 TARGETED = "llama-2-7b"
+# Contenders of a tiny run.
+TINY = ("tidy", "plain-sft", "own-sft", "lagged")
 
 
 def step(settings: Settings) -> Result:
@@ -42,7 +44,7 @@ def _add(result: Result, name: str, settings: Settings, share: float) -> None:
     path, log = settings.folder / f"step-{name}.json", settings.folder / f"step-{name}.txt"
     command = [sys.executable, "-m", "benchmarks.step", "--json", str(path), "--model", name, "--dtype", "bfloat16"]
     command += ["--limit", f"{max(1.0, share - ENDING):.0f}"]
-    command += ["--rounds", "1"] if settings.tiny else ["--device", "cuda", "--published-shapes"]
+    command += ["--rounds", "1", "--contenders", *TINY] if settings.tiny else ["--device", "cuda", "--published-shapes"]
     command += _paths(settings, smollm2=name == "smollm2")
     code = gpu_session.bounded(command, log, share, settings.environment)
     found = json.loads(path.read_text()) if path.exists() else None

@@ -5,9 +5,13 @@
 - ``tests``: all tests that need a GPU;
 - ``ops``: every op against what others would do, each found right before it is timed (``gpu_ops.py``);
 - ``fidelity``: the probe's gradient on a random model of Llama-2-7B's width cut to 8 layers, and on SmolLM2 where the
-  folder of the converted model is given.
+  folder of the converted model is given;
+- ``step``: ``benchmarks.step`` at the published shapes in bfloat16, on Llama-2-7B's shape, on SmolLM2 where its folder
+  is given, and on Qwen2.5-7B's shape;
+- ``profile``: ``sap_fast.profile`` on Llama-2-7B's shape.
 
-A part takes at most four minutes, all of them nine: what has not begun by then is dropped, by name. Each part
+A part takes at most four minutes, ``step`` nine, all of them twenty: what has not begun by then is dropped, by name,
+and rounds that have not begun are left out. Each part
 writes ``DIR/<device>-<part>-<date>.json``; a short table comes last. Packages that are not installed are skipped by
 name. Without a GPU, ``TRITON_INTERPRET=1 python -m benchmarks.gpu --part all --tiny`` goes through all of it on tiny
 shapes, which shows that it runs and measures nothing.
@@ -22,47 +26,27 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import gpu_session, gpu_table, models
+from benchmarks import gpu_session, gpu_steps, gpu_table, models
 from benchmarks.fidelity import misses
+from benchmarks.gpu_session import Settings
 from benchmarks.peers import installed
 
 Result = dict[str, Any]
 
 # Seconds in which a part must begin what it begins. It ends at most half a minute later: see ``gpu_session``.
-ALONE = 205
-TOGETHER = {"tests": 175, "ops": 160, "fidelity": 105}
+ALONE = {"tests": 205, "ops": 205, "fidelity": 205, "step": 505, "profile": 205}
+TOGETHER = {"tests": 175, "ops": 160, "fidelity": 105, "step": 505, "profile": 105}
 # Processes that the tests are spread over: compiling their kernels is what takes time.
 WORKERS = 8
 OPTIONAL = ("liger_kernel", "trl", "flash_attn")
 # A handful of kernels in the interpreter.
 TINY_TESTS = ("tests/test_kernels.py", "-k", "test_agrees_with_the_oracle and 5x7 and float32")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a part needs to know.
-
-    Attributes:
-        limit: in seconds.
-        folder: for files that nobody keeps.
-    """
-
-    tiny: bool
-    limit: float
-    folder: Path
-    smollm2: Path | None
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """Variables of a part's process: a tiny run is one on the CPU, GPU or not."""
-        return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if self.tiny else {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", choices=[*PARTS, "all"], required=True)
     parser.add_argument("--out", type=Path, help="benchmarks/results by default; of a tiny run, runs/tiny")
     parser.add_argument("--smollm2", type=Path, help="a folder with SmolLM2-135M-Instruct as transformers saves it")
+    parser.add_argument("--data", type=Path, help="instructions and outputs as a JSON list, for rows of real lengths")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, interpreted on the CPU: no measurement")
     args = parser.parse_args(argv)
     if args.tiny and os.environ.get("TRITON_INTERPRET") != "1":
@@ -85,13 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = models.environment("cpu" if args.tiny else "cuda")
     succeeded, summary = True, []
     for part in PARTS if args.part == "all" else [args.part]:
-        limit = TOGETHER[part] if args.part == "all" else ALONE
+        limit = (TOGETHER if args.part == "all" else ALONE)[part]
+        path = out / f"{device_name(environment, args.tiny)}-{part}-{environment['date'][:10]}.json"
         with tempfile.TemporaryDirectory() as folder:
             most = limit + gpu_session.GRACE + gpu_session.INTERRUPTED
             print(f"{part}: at most {most:.0f} s", flush=True)
-            result = PARTS[part](Settings(args.tiny, limit, Path(folder), args.smollm2))
+            result = PARTS[part](Settings(args.tiny, limit, Path(folder), args.smollm2, args.data, path))
         succeeded &= result["succeeded"]
-        path = out / f"{device_name(environment, args.tiny)}-{part}-{environment['date'][:10]}.json"
         models.write(path, {"environment": environment, "part": part, "tiny": args.tiny, **result})
         summary += [f"--- {part}: {path.name}", *LINES[part](result)]
     print("\n".join(summary))
@@ -216,8 +201,20 @@ def fidelity_lines(result: Result) -> list[str]:
     return [*lines, *gpu_table.verdicts(result["targets"]), *([result["problem"]] if result["problem"] else [])]
 
 
-PARTS: dict[str, Callable[[Settings], Result]] = {"tests": tests, "ops": ops, "fidelity": fidelity}
-LINES: dict[str, Callable[[Result], list[str]]] = {"tests": tests_lines, "ops": ops_lines, "fidelity": fidelity_lines}
+PARTS: dict[str, Callable[[Settings], Result]] = {
+    "tests": tests,
+    "ops": ops,
+    "fidelity": fidelity,
+    "step": gpu_steps.step,
+    "profile": gpu_steps.profile,
+}
+LINES: dict[str, Callable[[Result], list[str]]] = {
+    "tests": tests_lines,
+    "ops": ops_lines,
+    "fidelity": fidelity_lines,
+    "step": gpu_steps.step_lines,
+    "profile": gpu_steps.profile_lines,
+}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -40,6 +41,31 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     deadline = item.config.getoption(DEADLINE)
     if deadline is not None and time.time() > deadline:
         pytest.skip(OUT_OF_TIME)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a part needs to know.
+
+    Attributes:
+        limit: in seconds.
+        folder: for files that nobody keeps.
+        smollm2: a folder with the model, as transformers saves it.
+        data: task data, for rows of real lengths; the embedded ones if None.
+        keep: the file that the part's result will be in; what else is kept goes beside it, by the same name.
+    """
+
+    tiny: bool
+    limit: float
+    folder: Path
+    smollm2: Path | None = None
+    data: Path | None = None
+    keep: Path | None = None
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables of a part's process: a tiny run is one on the CPU, GPU or not."""
+        return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if self.tiny else {"KINETO_LOG_LEVEL": "6"}
 
 
 class Test(NamedTuple):

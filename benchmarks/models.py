@@ -180,12 +180,19 @@ def cut(model: nn.Module, layers: int) -> nn.Module:
     return shallow
 
 
-def with_lora(model: nn.Module, *, rank: int = 8, dropout: float = 0.0, seed: int = 0) -> nn.Module:
-    """Put adapters of rank 8 and alpha 16 on q_proj and v_proj, in float32; B starts at zero."""
+def with_lora(
+    model: nn.Module,
+    *,
+    rank: int = 8,
+    dropout: float = 0.0,
+    seed: int = 0,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+) -> nn.Module:
+    """Put adapters of rank 8 and alpha 16 on some linear maps, in float32; B starts at zero."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=16, lora_dropout=dropout, target_modules=["q_proj", "v_proj"])
+    config = LoraConfig(r=rank, lora_alpha=16, lora_dropout=dropout, target_modules=[*targets])
     return get_peft_model(model, config)
 
 

@@ -10,7 +10,9 @@ of the adapters; the optimizer is left out of all.
 - ``trl-sft``: the same by trl's ``SFTTrainer.compute_loss``, with its defaults but no activation checkpointing.
 - ``liger-sft``: the same with Liger's kernels put into the model.
 - ``own-sft``: ``SAP.step`` without pairs.
-- ``lagged``, ``fresh``: ``SAP.step`` by its two schedules; ``lagged-padded``: on rows whose padding counts as tokens.
+- ``lagged``, ``fresh``: ``SAP.step`` by its two schedules; ``lagged-unshared``: with a row for every token, also of what
+  sequences begin with in common; ``lagged-padded``: on rows whose padding counts as tokens, besides.
+- ``direction-kept``: ``lagged`` with the direction of its first step: what an exact step does beside finding one.
 - the others: ``lagged`` with options that save passes or work; ``float8`` where the device and the model allow it.
 """
 
@@ -18,7 +20,7 @@ import io
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -29,8 +31,11 @@ import sap_fast
 from benchmarks.peers import AbsentError, installed
 from benchmarks.published_parts import pad_id, prompt_only, trained, training
 from benchmarks.published_step import PublishedStep
+from benchmarks.step_floor import Name
 from benchmarks.step_rows import Batch, Given, as_if_real, lengths
 from sap_fast import SAP, SAPConfig, UnsupportedModelError
+from sap_fast.convert import read_decoder
+from sap_fast.packing import Packer
 
 # Of the released code (``model.py``).
 RELEASED_DROPOUT = 0.1
@@ -43,7 +48,11 @@ class Run:
     Attributes:
         step: leaves the task's gradient in ``.grad``, replacing what it held; returns the loss, 0-dim.
         scored: the batch whose loss that is, as the model's own forward takes it.
-        task_lengths, pair_lengths: tokens that are computed on, of each row, padding included if it is; empty: none.
+        task_lengths, pair_lengths: tokens of each sequence that is computed on, padding included if it is; empty: none.
+        task_rows, pair_rows: rows that the linear maps run on, fewer than tokens where sequences share some; None is
+            the sum of the lengths.
+        head_on_scored: whether the head runs on rows that predict a scored token alone, else on all.
+        lowest_probe: the lowest probed layer, counted from 0; None without a probe.
         probe: the probe that acts now, by layer ``[d]``.
         fresh: whether a step's gradient is taken at the probe found in it, else at the one before.
         settle: if there is one, called when the contender was found right, before it is timed; it changes the step.
@@ -54,6 +63,10 @@ class Run:
     scored: Batch
     task_lengths: list[int]
     pair_lengths: list[int] = field(default_factory=list)
+    task_rows: int | None = None
+    pair_rows: int | None = None
+    head_on_scored: bool = False
+    lowest_probe: int | None = None
     probe: Callable[[], Mapping[int, Tensor]] = dict
     fresh: bool = False
     settle: Callable[[], None] | None = None
@@ -67,11 +80,13 @@ class Contender:
     Attributes:
         opened: puts it to work on a model that it may change; raises :class:`AbsentError`, with the reason, where it
             cannot be.
+        method: how it computes, as the floor knows it (``step_floor.py``).
         options: what a result says of it.
         period: after how many steps what a step costs begins anew.
     """
 
     opened: Callable[[nn.Module, Given], AbstractContextManager[Run]]
+    method: Name = "sft"
     options: Mapping[str, Any] = field(default_factory=dict)
     period: int = 1
 
@@ -87,7 +102,8 @@ def tidy(model: nn.Module, given: Given) -> Iterator[Run]:
             given.batch,
             _padded(given.batch),
             _padded(given.pairs),
-            lambda: {j: v.detach().clone() for j, v in published.probe.items()},
+            lowest_probe=min(_layers(model)),
+            probe=lambda: {j: v.detach().clone() for j, v in published.probe.items()},
         )
 
 
@@ -117,7 +133,8 @@ def released(model: nn.Module, given: Given) -> Iterator[Run]:
             prompt_only(given.batch, shapes.task_length, pad_id(model)),
             [shapes.task_length] * shapes.tasks,
             [shapes.pair_length] * shapes.pairs,
-            lambda: {j: v.detach().clone() for j, v in published.probe.items()},
+            lowest_probe=min(_layers(model)),
+            probe=lambda: {j: v.detach().clone() for j, v in published.probe.items()},
             settle=settle,
             empties_cache=True,
         )
@@ -151,7 +168,9 @@ def trl(model: nn.Module, given: Given) -> Iterator[Run]:
         with _naming("trl"):
             trainer = _sft_trainer(model, given, folder)
         # It adds to the batch what it wants the forward to be given.
-        yield _descending(model, given, lambda batch: trainer.compute_loss(trainer.model, dict(batch)))
+        run = _descending(model, given, lambda batch: trainer.compute_loss(trainer.model, dict(batch)))
+        # Its default loss, chunked_nll, drops rows that are not scored before the head.
+        yield replace(run, head_on_scored=True)
 
 
 def _sft_trainer(model: nn.Module, given: Given, folder: str) -> Any:
@@ -202,7 +221,7 @@ def liger(model: nn.Module, given: Given) -> Iterator[Run]:
             with patched.applied():
                 return run.step()
 
-        yield Run(step, run.scored, run.task_lengths)
+        yield replace(run, step=step)
 
 
 class Patched:
@@ -260,7 +279,17 @@ def _descending(model: nn.Module, given: Given, loss_of: Callable[[Batch], Tenso
 # Ours
 
 
-def _sap(config: SAPConfig, *, pairs: bool = True, padded: bool = False) -> Callable:
+def sap(
+    config: SAPConfig, *, pairs: bool = True, padded: bool = False, direction: bool = True
+) -> Callable[[nn.Module, Given], AbstractContextManager[Run]]:
+    """``SAP.step`` by a configuration, whose ``pairs_per_step`` means half of the pairs.
+
+    Args:
+        pairs: whether it is given pairs.
+        padded: whether padding counts as tokens.
+        direction: whether steps find directions, the first aside.
+    """
+
     @contextmanager
     def opened(model: nn.Module, given: Given) -> Iterator[Run]:
         if padded and given.kind == "full":
@@ -277,15 +306,20 @@ def _sap(config: SAPConfig, *, pairs: bool = True, padded: bool = False) -> Call
         def step() -> Tensor:
             for p in weights:
                 p.grad = None
-            return sap.step(batch, contrast if pairs else None).loss
+            return handle.step(batch, contrast if pairs else None).loss
 
-        with _attached(model, settings) as sap:
+        with _attached(model, settings) as handle:
+            packer = Packer.of(read_decoder(model), settings)
             yield Run(
                 step,
                 given.batch,
                 lengths(batch),
-                lengths(contrast) if pairs else [],
-                (lambda: sap.probe) if pairs else dict,
+                lengths(contrast) if pairs and direction else [],
+                packer.task(batch).rows,
+                packer.shared(packer.pairs(contrast)).rows if pairs and direction else None,
+                head_on_scored=True,
+                lowest_probe=min(handle.probe_layers) if pairs else None,
+                probe=(lambda: handle.probe) if pairs else dict,
                 fresh=config.schedule == "fresh",
             )
 
@@ -304,19 +338,32 @@ def _attached(model: nn.Module, config: SAPConfig) -> SAP:
 def _saving(period: int = 1, **options: Any) -> Contender:
     """The lagged step with options; ``pairs_per_step`` is half of them, however many there are."""
     said = options | ({"pairs_per_step": "half"} if "pairs_per_step" in options else {})
-    return Contender(_sap(SAPConfig(schedule="lagged", **options)), {"schedule": "lagged", **said}, period)
+    return Contender(sap(SAPConfig(schedule="lagged", **options)), "lagged", {"schedule": "lagged", **said}, period)
 
+
+# So many steps that no run takes them.
+_NEVER = 10**9
 
 CONTENDERS: dict[str, Contender] = {
-    "released": Contender(released, {"dropout": RELEASED_DROPOUT, "autocast": "in bfloat16"}),
-    "tidy": Contender(tidy),
+    "released": Contender(released, "published", {"dropout": RELEASED_DROPOUT, "autocast": "in bfloat16"}),
+    "tidy": Contender(tidy, "published"),
     "plain-sft": Contender(plain),
-    "trl-sft": Contender(trl, {"gradient_checkpointing": False}),
+    "trl-sft": Contender(trl, options={"gradient_checkpointing": False}),
     "liger-sft": Contender(liger),
-    "own-sft": Contender(_sap(SAPConfig(), pairs=False)),
+    "own-sft": Contender(sap(SAPConfig(), pairs=False)),
     "lagged": _saving(),
-    "lagged-padded": Contender(_sap(SAPConfig(schedule="lagged"), padded=True), {"schedule": "lagged"}),
-    "fresh": Contender(_sap(SAPConfig(schedule="fresh")), {"schedule": "fresh"}),
+    "lagged-unshared": _saving(share_prefixes=False),
+    "lagged-padded": Contender(
+        sap(SAPConfig(schedule="lagged", share_prefixes=False), padded=True),
+        "lagged",
+        {"schedule": "lagged", "share_prefixes": False},
+    ),
+    "fresh": Contender(sap(SAPConfig(schedule="fresh")), "fresh", {"schedule": "fresh"}),
+    "direction-kept": Contender(
+        sap(SAPConfig(schedule="lagged", direction_every=_NEVER), direction=False),
+        "lagged",
+        {"schedule": "lagged", "direction": "of the first step"},
+    ),
     "direction-every": _saving(4, direction_every=4),
     "tangents": _saving(tangent_fraction=0.25),
     "direction-every+tangents": _saving(4, direction_every=4, tangent_fraction=0.25),

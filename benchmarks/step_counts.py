@@ -1,11 +1,14 @@
 """What a step takes beside time: launches, and memory at its peak."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
+from torch.autograd.profiler import MEMORY_EVENT_NAME
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,16 +35,65 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Counting:
-    """A step that counts its ops, call by call."""
+class Allocations:
+    """Follows what is allocated on a device, while ``with allocations.recording():``.
 
-    def __init__(self, step: Callable[[], Tensor]) -> None:
-        self._step = step
+    On a CPU every allocation and release of torch's allocator is seen, as its profiler reports them, also those made
+    within an op and by the library's C++ kernels; what oneDNN or a BLAS takes for itself is not torch's and is not.
+    On a GPU the caching allocator's own counts are read.
+
+    Attributes:
+        held: bytes that were allocated in recordings, less those freed in them.
+        peak: the most that ever was.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.held = self.peak = 0
+        self._is_cuda = torch.device(device).type == "cuda"
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """What happens in here counts; what others do between recordings does not."""
+        if self._is_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            yield
+            torch.cuda.synchronize()
+            most, kept = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+        else:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+                yield
+            most, kept = _followed(profiled)
+        self.peak = max(self.peak, self.held + most)
+        self.held += kept
+
+
+def _followed(profiled: Any) -> tuple[int, int]:
+    """Bytes at the peak of a profile, and at its end, beside what was there at its beginning."""
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == MEMORY_EVENT_NAME]
+    sizes = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    course = [0, *sizes]
+    return max(course), course[-1]
+
+
+class Counting:
+    """A step that counts, call by call: its ops on a CPU, and what it allocates.
+
+    Attributes:
+        counts: ops of each call; on a GPU none.
+    """
+
+    def __init__(self, step: Callable[[], Tensor], device: str, allocations: Allocations) -> None:
+        self._step, self._device, self._allocations = step, device, allocations
         self.counts: list[int] = []
 
     def __call__(self) -> Tensor:
-        with Ops() as ops:
-            result = self._step()
+        with self._allocations.recording():
+            if torch.device(self._device).type == "cuda":
+                return self._step()
+            with Ops() as ops:
+                result = self._step()
         self.counts.append(ops.count)
         return result
 
@@ -61,17 +113,6 @@ def launches(work: Callable[[], None], device: str) -> int:
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
 
 
-def peak_memory(work: Callable[[], None], model: nn.Module, device: str) -> int | None:
-    """Bytes that the model's weights take, and what is allocated beside them at the peak; None on a CPU.
-
-    What others hold meanwhile does not count.
-    """
-    if torch.device(device).type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    torch.cuda.synchronize()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return torch.cuda.max_memory_allocated() - before + weights
+def weights_of(model: nn.Module) -> int:
+    """Bytes that a model's weights take, frozen and trained."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,6 +1,7 @@
 """The batches that a whole step is timed on: task rows and pairs of three kinds.
 
-- ``real``: drawn from the data and padded to the longest, as a collator does;
+- ``real``: drawn from the data and padded to the longest, as a collator does. What loses its answer where it is cut
+  is not drawn, so that lengths are those of the data that such a batch can hold;
 - ``released``: the same rows, padded to the fixed lengths to which the released code pads;
 - ``full``: all of one length, so that there is no padding, and all compute on the same tokens.
 """
@@ -8,13 +9,15 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from sap_fast.batch import IGNORED
-from sap_fast.data import Example, Pair, collate, collate_pairs, safety_pairs
+from sap_fast.data import Example, Pair, collate, collate_pairs, encode_pairs, encode_tasks, safety_pairs
+from sap_fast.errors import DataError
 
 Batch = Mapping[str, Tensor]
 
@@ -51,11 +54,12 @@ class Given:
     pairs: Batch
 
 
-def rows(tokenizer: Any, examples: Sequence[Example], shapes: Shapes, kind: str, device: str) -> Given:
+def rows(tokenizer: Any, examples: Sequence[Example], shapes: Shapes, kind: str, device: str, seed: int = 0) -> Given:
     """The rows of one kind, on a device.
 
     Args:
         examples: task data; the pairs are the embedded ones.
+        seed: of the draw.
 
     Raises:
         ValueError: too little data.
@@ -64,8 +68,17 @@ def rows(tokenizer: Any, examples: Sequence[Example], shapes: Shapes, kind: str,
     for name, data, count in (("examples", examples, shapes.tasks), ("pairs", safety_pairs(), shapes.pairs)):
         if len(data) < count:
             raise ValueError(f"a step takes {count} {name}, but there are {len(data)}")
-        some = [joined(turned(data, i)) for i in range(count)] if kind == "full" else _drawn(data, count)
-        chosen.append(some)
+        if kind == "full":
+            chosen.append([joined(turned(data, i)) for i in range(count)])
+            continue
+        length = shapes.task_length if name == "examples" else shapes.pair_length
+        order = random.Random(seed).sample(list(data), len(data))
+        chosen.append(list(islice((row for row in order if answered(tokenizer, row, length)), count)))
+        if len(chosen[-1]) < count:
+            raise ValueError(
+                f"a step takes {count} {name}, but only {len(chosen[-1])} of {len(data)} keep an answer within "
+                f"{length} tokens; give others, or longer rows"
+            )
     tasks, contrast = chosen
     batch = collate(tokenizer, tasks, shapes.task_length)
     pair_batch = collate_pairs(tokenizer, contrast, shapes.pair_length)
@@ -76,8 +89,13 @@ def rows(tokenizer: Any, examples: Sequence[Example], shapes: Shapes, kind: str,
     return Given(kind, shapes, *({key: x.to(device) for key, x in b.items()} for b in (batch, pair_batch)))
 
 
-def _drawn(data: Sequence[Any], count: int) -> list[Any]:
-    return random.Random(0).sample(list(data), count)
+def answered(tokenizer: Any, row: Any, length: int) -> bool:
+    """Whether tokens of an example's answer, or of both of a pair's, are left where it is cut."""
+    encoded = encode_tasks if isinstance(row, Example) else encode_pairs
+    try:
+        return not encoded(tokenizer, [row._asdict()], length).dropped
+    except DataError:
+        return False
 
 
 def turned(data: Sequence[Any], start: int) -> list[Any]:

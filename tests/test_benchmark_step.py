@@ -1,6 +1,7 @@
 """The benchmark of a whole step runs end to end, times nobody who is wrong, and says who is left out."""
 
 import copy
+import json
 import math
 import sys
 from contextlib import contextmanager
@@ -14,11 +15,11 @@ from test_benchmarks import read
 from torch import nn
 
 import sap_fast
-from benchmarks import models, peers, step, step_contenders
+from benchmarks import ceiling, models, peers, step, step_contenders, step_suite
 from benchmarks.published_parts import task_loss, trained
 from benchmarks.step_check import Exact, check, compare
 from benchmarks.step_contenders import CONTENDERS, Contender, Run
-from benchmarks.step_counts import Counting, Ops, launches, peak_memory
+from benchmarks.step_counts import Allocations, Counting, Ops, launches
 from benchmarks.step_rows import PUBLISHED, Given, Shapes, lengths, rows, scored
 
 SHAPES = Shapes(4, 40, 2, 40)
@@ -26,14 +27,17 @@ OPTIONAL = {"trl-sft": "trl", "liger-sft": "liger_kernel"}
 KEYS = {
     *("contender", "device", "dtype", "padding", "options", "ms", "ms_least", "ms_most", "tokens_per_s"),
     *("ratio_to_plain_sft", "ratio_to_published_tidy", "ratio_to_released", "peak_memory", "launches"),
-    *("rounds", "period", "task_shape", "task_tokens", "task_scored", "task_lengths"),
-    *("pair_shape", "pair_tokens", "pair_scored", "pair_lengths"),
+    *("tflop", "tflops_per_s", "share_of_ceiling", "floor_ms", "ms_over_floor"),
+    *("rounds", "period", "task_shape", "task_tokens", "task_scored", "task_rows", "task_lengths"),
+    *("pair_shape", "pair_tokens", "pair_scored", "pair_rows", "pair_lengths"),
 }
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "SMALL", SHAPES)
+    monkeypatch.setattr(ceiling, "MATRIX", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(ceiling, "COPIED", {"cpu": 2**16, "cuda": 2**16})
 
 
 def given(kind: str = "real", shapes: Shapes = SHAPES) -> Given:
@@ -65,10 +69,14 @@ def test_every_contender_has_its_row(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert skipped[name].startswith("float8=True needs an NVIDIA GPU, but the model is on cpu")
     for name, row in found.items():
         assert row.keys() == KEYS, name
-        assert (row["padding"], row["dtype"], row["rounds"], row["peak_memory"]) == ("real", "float32", 1, None)
+        assert (row["padding"], row["dtype"], row["rounds"]) == ("real", "float32", 1)
         assert 0 < row["ms_least"] <= row["ms"] <= row["ms_most"]
         assert row["tokens_per_s"] == pytest.approx(1e3 * row["task_tokens"] / row["ms"])
         assert row["launches"] > 100
+        assert row["ms_over_floor"] == pytest.approx(row["ms"] / row["floor_ms"])
+        assert row["tflops_per_s"] == pytest.approx(1e3 * row["tflop"] / row["ms"])
+        assert row["share_of_ceiling"] == pytest.approx(row["tflops_per_s"] / result["ceilings"][0]["tflops_per_s"])
+        assert (row["task_rows"], row["pair_rows"]) == (sum(row["task_lengths"]), sum(row["pair_lengths"]))
         for key, other in step.RATIOS.items():
             assert row[key] == pytest.approx(row["ms"] / found[other]["ms"])
     tokens = {name: (sum(row["task_lengths"]), sum(row["pair_lengths"])) for name, row in found.items()}
@@ -82,7 +90,14 @@ def test_every_contender_has_its_row(tmp_path: Path, capsys: pytest.CaptureFixtu
     count = {name: row["launches"] for name, row in found.items()}
     assert count["own-sft"] < count["probe-every"] < count["direction-every"] < count["lagged"] < count["tidy"]
     assert found["probe-every"]["period"] == 8 and found["probe-every"]["options"]["probe_every"] == 8
-    assert len(said.splitlines()) == len(found) + len(skipped)
+    assert count["own-sft"] < count["direction-kept"] < count["direction-every"]
+    # Beside the weights of all, a step without pairs holds least, and tangents of a quarter of the sequences little.
+    memory = {name: row["peak_memory"] for name, row in found.items()}
+    assert memory["own-sft"] < memory["lagged"] and memory["own-sft"] < memory["plain-sft"]
+    assert memory["tangents"] <= memory["lagged"] <= memory["lagged-padded"]
+    assert [target["verdict"] for target in result["targets"]] == ["not measured"] * 4  # it is no SmolLM2
+    assert (len(result["ceilings"]), result["ceilings"][0]["visits"]) == (1, 1)
+    assert len(said.splitlines()) == len(found) + len(skipped) + 4
 
 
 def test_rows_of_other_kinds_and_another_dtype(tmp_path: Path) -> None:
@@ -102,11 +117,32 @@ def test_rows_of_other_kinds_and_another_dtype(tmp_path: Path) -> None:
     assert result["seconds"] > 0
 
 
+def test_what_has_no_time_left_is_left_out_by_name(tmp_path: Path) -> None:
+    suite = step.Suite("cpu", 5, ["own-sft", "plain-sft"], None, limit=1e-9)
+    assert suite.measure(tiny(), "float32", given()) == [] == suite.ceilings
+    assert [(entry["contender"], entry["reason"]) for entry in suite.skipped] == [
+        ("own-sft", "time"),
+        ("plain-sft", "time"),
+    ]
+    path = tmp_path / "result.json"
+    arguments = ["--model", "tiny", "--dtype", "float32", "--contenders", "own-sft", "--limit", "1e-9"]
+    assert step.main([*arguments, "--json", str(path)]) == 1
+    assert read(path)["rows"] == []
+
+
+def test_rounds_end_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """... but for the first, without which there would be no row."""
+    run = Run(lambda: torch.zeros(()), {}, [1])
+    assert step_suite.timed({"a": (run, 1)}, "cpu", 9, deadline=0.0)["a"] != []
+    assert len(step_suite.timed({"a": (run, 2)}, "cpu", 9)["a"]) == 9
+
+
 def test_what_makes_no_sense_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "result.json"
     wrong = {
         "a smaller model": ["--model", "llama-2-7b"],
         "--rounds must be at least 1": ["--model", "tiny", "--rounds", "0"],
+        "--limit must be positive": ["--model", "tiny", "--limit", "0"],
         "invalid choice: 'nobody'": ["--contenders", "nobody"],
     }
     if not torch.cuda.is_available():
@@ -236,10 +272,26 @@ def test_kinds_of_rows_hold_what_they_say() -> None:
 
 
 def test_rows_need_enough_data() -> None:
+    with pytest.raises(ValueError, match="a step takes 4 examples, but only 0 of 128 keep an answer within 4 tokens"):
+        given(shapes=Shapes(4, 4, 2, 40))
     with pytest.raises(ValueError, match="a step takes 500 examples, but there are 128"):
         given(shapes=Shapes(500, 40, 2, 40))
     with pytest.raises(ValueError, match="do not fill rows of 40 and 5000 tokens"):
         given("full", Shapes(4, 40, 2, 5000))
+
+
+def test_examples_that_lose_their_answer_are_not_drawn(tmp_path: Path) -> None:
+    """Of a file in which most do, exactly the others are, with lengths of their own."""
+    words = "a question of many words " * 20
+    texts = [{"instruction": words, "output": "lost"} for _ in range(60)]
+    texts += [{"instruction": "a b c " * i, "output": f"kept {i}"} for i in range(1, 5)]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(texts), encoding="utf-8")
+    drawn = rows(models.WordTokenizer(), models.examples(path), SHAPES, "real", "cpu")
+    assert len({*lengths(drawn.batch)}) == 4 and max(lengths(drawn.batch)) < 40
+    assert (drawn.batch["labels"] != -100).any(1).all()
+    other = rows(models.WordTokenizer(), models.examples(path), SHAPES, "real", "cpu", seed=1)
+    assert sorted(lengths(other.batch)) == sorted(lengths(drawn.batch)) and other.shapes == drawn.shapes
 
 
 # What others' packages change
@@ -323,10 +375,9 @@ def test_ops_count_what_computes() -> None:
     with Ops() as ops:
         y.backward()
     assert ops.count >= 1
-    counting = Counting(lambda: x * 2 + 1)
+    counting = Counting(lambda: x * 2 + 1, "cpu", Allocations("cpu"))
     assert [counting().sum() for _ in range(2)] == [48, 48] and counting.counts == [2, 2]
     assert launches(lambda: None, "cpu") == 0
-    assert peak_memory(lambda: None, nn.Linear(2, 2), "cpu") is None
 
 
 @pytest.mark.gpu
@@ -335,7 +386,10 @@ def test_on_a_gpu_kernels_and_memory_are_counted(tmp_path: Path) -> None:
     x = torch.ones(2**20, device="cuda")
     x + x
     assert launches(lambda: (x + x, x * x), "cuda") == 2
-    assert peak_memory(lambda: x + x, nn.Linear(1, 1), "cuda") == pytest.approx(4 * 2**20, abs=2**12)
+    allocations = Allocations("cuda")
+    with allocations.recording():
+        x + x
+    assert (allocations.peak, allocations.held) == (4 * 2**20, 0)
     path = tmp_path / "result.json"
     arguments = ["--device", "cuda", "--model", "tiny", "--rounds", "1", "--dtype", "float32", "--json", str(path)]
     assert step.main(arguments) == 0

@@ -18,7 +18,7 @@ from test_benchmarks import read
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import eager_pairs, fidelity, gpu, gpu_ops, gpu_session, gpu_table, models, peers
+from benchmarks import eager_pairs, fidelity, gpu, gpu_ops, gpu_session, gpu_steps, gpu_table, models, peers
 from benchmarks.contenders import PASSES, TOLERANCE, Recorder
 from benchmarks.device_timer import DeviceTimer
 from benchmarks.gpu_ops import MANY, Stage, Subject, Visit, Widths
@@ -322,6 +322,50 @@ def test_the_wide_model_has_a_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [row for row in rows if fidelity.misses(row)]
 
 
+def stub(rows: dict[str, list[dict[str, Any]]], codes: dict[str, int | None], seen: list[list[str]]) -> Callable:
+    """Stands for ``gpu_session.bounded``: writes what ``benchmarks.step`` would have."""
+
+    def bounded(command: list[str], log: Path, limit: float, environment: Any) -> int | None:
+        seen.append([*command, f"{limit:.0f}"])
+        model = command[command.index("--model") + 1]
+        log.write_text("it said this")
+        if model in rows:
+            found = {"seconds": 1.0, "settings": {}, "skipped": [], "refused": [], "ceilings": []}
+            found |= {"rows": rows[model], "targets": [{"target": model, "value": None, "verdict": "met"}]}
+            Path(command[command.index("--json") + 1]).write_text(json.dumps(found))
+        return codes.get(model, 0)
+
+    return bounded
+
+
+def test_the_steps_of_all_models_share_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(gpu_session, "bounded", stub({name: [] for name in gpu_steps.WEIGHTS}, {}, seen))
+    settings = gpu.Settings(tiny=False, limit=900.0, folder=tmp_path, smollm2=tmp_path / "s", data=tmp_path / "d.json")
+    result = gpu_steps.step(settings)
+    assert result["succeeded"] and result["problem"] is None
+    assert [run["model"] for run in result["runs"]] == list(gpu_steps.WEIGHTS)
+    # What one leaves over goes to those after it; this one took none of it.
+    assert [int(command[-1]) for command in seen] == [400, 360, 900]
+    assert result["targets"] == [{"target": "llama-2-7b", "value": None, "verdict": "met"}]
+    for command in seen:
+        assert {"--published-shapes", "cuda", "bfloat16", str(tmp_path / "d.json")} <= {*command}
+        assert ("--smollm2" in command) == ("smollm2" in command)
+        assert float(command[command.index("--limit") + 1]) == int(command[-1]) - gpu_steps.ENDING
+
+
+def test_a_failed_model_fails_the_part_and_the_rest_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"contender": "lagged", "ms": 1.0}
+    codes = {"llama-2-7b": None, "qwen2.5-7b": 1}
+    monkeypatch.setattr(gpu_session, "bounded", stub({"qwen2.5-7b": [row]}, codes, []))
+    result = gpu_steps.step(gpu.Settings(tiny=False, limit=900.0, folder=tmp_path))
+    assert not result["succeeded"]
+    assert result["problem"] == ("llama-2-7b: stopped, it took too long; qwen2.5-7b: benchmarks.step ended with code 1")
+    assert result["rows"] == [{"model": "qwen2.5-7b", **row}]
+    assert result["skipped"] == [{"contender": "all of smollm2", "reason": "no folder was given (--smollm2)"}]
+    assert {target["verdict"] for target in result["targets"]} == {"not measured"}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is Linux-only")
 def test_the_whole_command_runs(tmp_path: Path) -> None:
     """In Triton's interpreter, on shapes that take no time."""
@@ -331,7 +375,7 @@ def test_the_whole_command_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing was measured" in done.stdout
     assert "skipped: trl is not installed" in done.stdout or peers.installed("trl")
-    results = {path.name.split("-")[1]: read(path) for path in tmp_path.iterdir()}
+    results = {path.name.split("-")[1]: read(path) for path in tmp_path.glob("*.json")}
     assert results.keys() == gpu.PARTS.keys()
     for result in results.values():
         assert (result["tiny"], result["succeeded"]) == (True, True)
@@ -340,3 +384,7 @@ def test_the_whole_command_runs(tmp_path: Path) -> None:
     assert len(timed) == 2 * len(gpu_ops.every_op())
     assert {target["verdict"] for target in results["ops"]["targets"]} == {"not measured"}
     assert {row["model"] for row in results["fidelity"]["rows"]} == {"tiny"}
+    assert [row["contender"] for row in results["step"]["rows"]] == list(gpu_steps.TINY)
+    assert {target["verdict"] for target in results["step"]["targets"]} == {"not measured"}
+    page = results["profile"]["page"]
+    assert "<svg" in (tmp_path / page).read_text() and results["profile"]["profile"]["ratios"]["sap/sft"]["median"] > 0

@@ -10,7 +10,7 @@ of the adapters; the optimizer is left out of all.
 - ``trl-sft``: the same by trl's ``SFTTrainer.compute_loss``, with its defaults but no activation checkpointing.
 - ``liger-sft``: the same with Liger's kernels put into the model.
 - ``own-sft``: ``SAP.step`` without pairs.
-- ``lagged``, ``fresh``: ``SAP.step`` by its two schedules; ``lagged-unshared``: with a row for every token, also of what
+- ``lagged``, ``fresh``: ``SAP.step`` by its two schedules; ``lagged-unshared``: with a row for each token, also of what
   sequences begin with in common; ``lagged-padded``: on rows whose padding counts as tokens, besides.
 - ``direction-kept``: ``lagged`` with the direction of its first step: what an exact step does beside finding one.
 - the others: ``lagged`` with options that save passes or work; ``float8`` where the device and the model allow it.

@@ -16,7 +16,7 @@ In a row, ``padding`` is the kind of its rows; ``tokens_per_s`` counts the real 
 training gets through; ``launches`` is of one step: ops on a CPU, kernels on a GPU; ``task_lengths`` and
 ``pair_lengths`` are those of the sequences that the contender computes on, with padding if it computes on that, and
 ``task_rows`` and ``pair_rows`` all of them, where sequences share some less. ``peak_memory`` is in bytes: the weights,
-and what is allocated beside them at the peak (``step_counts.py``).
+and what is allocated beside them at the peak of the first steps, a period or more (``step_counts.py``).
 
 ``tflop`` is what the contender's own computation needs (``step_work.py``), ``tflops_per_s`` that by its time,
 ``share_of_ceiling`` that of the matrix product timed in the same rounds (``ceiling.py``), ``floor_ms`` the least time

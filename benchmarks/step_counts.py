@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType, _enable_record_function
 from torch.autograd.profiler import MEMORY_EVENT_NAME
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,7 +63,12 @@ class Allocations:
             most, kept = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
         else:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-                yield
+                # Of what is called nothing is wanted, and noting it takes several times as long as a small step.
+                _enable_record_function(False)
+                try:
+                    yield
+                finally:
+                    _enable_record_function(True)
             most, kept = _followed(profiled)
         self.peak = max(self.peak, self.held + most)
         self.held += kept

@@ -33,9 +33,9 @@ class Shared:
 
 @dataclass(frozen=True)
 class Padding:
-    """What of rows of static shapes is real (``sap_fast/buckets.py``), on the device.
+    """What of rows of static shapes is dead (``sap_fast/buckets.py``), on the device.
 
-    ``tokens [tokens]`` and ``labels [M]`` bool: which of them; ``scored`` 0-dim: how many of the labels.
+    ``tokens [tokens]`` and ``labels [M]`` bool: which of them; ``scored`` 0-dim: how many labels are not.
     """
 
     tokens: Tensor
@@ -50,7 +50,8 @@ class Rows:
     ``input_ids, position_ids [rows]`` (a position is the token's column in the padded batch, as transformers
     counts); ``cu_seqlens [B + 1]`` int32 and ``max_seqlen``, both of tokens; ``labelled``: takes the rows that predict
     a scored token, ``labels [M]``: those tokens, ``label_sequence [M]``: their sequences. A token has a row of its
-    own, unless ``shared`` (see ``sap_fast/prefixes.py``). All of it is real, unless ``padding`` says what is.
+    own, unless ``shared`` (see ``sap_fast/prefixes.py``). All of it is real, unless ``padding`` says what
+    is not.
     """
 
     input_ids: Tensor

@@ -54,11 +54,8 @@ def padded(rows: Rows, *, pairs: bool = False) -> Rows:
     sequences = rows.sequences if pairs else _multiple(rows.sequences, _SEQUENCES)
     device = rows.input_ids.device
 
-    def number(n: int) -> Tensor:
-        return torch.full((), n, device=device)
-
-    def first(n: int, of: int) -> Tensor:
-        return torch.arange(of, device=device) < n
+    def dead(real: int, of: int) -> Tensor:
+        return torch.arange(of, device=device) >= real
 
     last = rows.cu_seqlens[-1:].expand(sequences - rows.sequences)
     shared = None
@@ -74,7 +71,11 @@ def padded(rows: Rows, *, pairs: bool = False) -> Rows:
         label_sequence=_extended(rows.label_sequence, labels, -1),
         sequences=sequences,
         shared=shared,
-        padding=Padding(first(rows.tokens, tokens), first(len(rows.labels), labels), number(len(rows.labels))),
+        padding=Padding(
+            dead(rows.tokens, tokens),
+            dead(len(rows.labels), labels),
+            torch.full((), len(rows.labels), device=device),
+        ),
     )
 
 

@@ -355,7 +355,7 @@ class Decoder:
         if padding is None:
             return nll, nll_dot
         # Not a product with 0, which would let through what is not finite.
-        return nll.where(padding.labels, 0), None if nll_dot is None else nll_dot.where(padding.labels, 0)
+        return nll.masked_fill(padding.labels, 0), None if nll_dot is None else nll_dot.masked_fill(padding.labels, 0)
 
     def forward(self, run: Pass) -> tuple[Tensor, Tensor | None]:
         """The whole traversal: ``(nll, nll_dot) [scored]``."""

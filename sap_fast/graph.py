@@ -47,21 +47,21 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._pool = device, torch.cuda.graph_pool_handle()
+        # One stream, since libraries keep a workspace for each that they have seen.
+        self._device, self._pool, self._stream = device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def record(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        current = torch.cuda.current_stream(self._device)
-        # Where recording fails, torch leaves the stream behind that it recorded on.
+        current, aside = torch.cuda.current_stream(self._device), self._stream
+        # Where recording fails, torch leaves the stream current that it recorded on; here it is put back.
         with torch.cuda.device(self._device), torch.cuda.stream(current):
-            # Compiling, or a library that sets itself up, would end the recording.
-            aside = torch.cuda.Stream(self._device)
             aside.wait_stream(current)
+            # Once before: compiling, or a library that sets itself up, would end the recording.
             with torch.cuda.stream(aside):
                 function()
             current.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             # Others' threads, such as one that pins a data loader's memory, go on meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, aside, capture_error_mode="thread_local"):
                 result = function()
         return result, graph.replay
 
@@ -153,6 +153,7 @@ class Graphs:
         return compute(given) if captured is None else captured.run(inputs)
 
     def _capture(self, compute: Callable[[T], Any], given: T, key: Hashable) -> _Captured | None:
+        """Record a step; None, with a warning, where that fails, and then no other is recorded."""
         if len(self._captured) == _MOST:
             if not self._told:
                 self._told = True

@@ -243,7 +243,7 @@ def _rms(run: Pass, probe: Probe) -> Tensor:
     """``[P, tokens]``: a row that sequences share counts for each of them; that of a dead token is infinite."""
     rms, rows = torch.stack([run.rms[j] for j in probe.layers]), run.rows
     rms = rms if rows.shared is None else rms.index_select(1, rows.shared.spread.rows)
-    return rms if rows.padding is None else rms.masked_fill(~rows.padding.tokens, torch.inf)
+    return rms if rows.padding is None else rms.masked_fill(rows.padding.tokens, torch.inf)
 
 
 def _share(

@@ -202,7 +202,7 @@ class SAP:
         return replace(outcome, state=replace(outcome.state, rhythm=rhythm))
 
     def _compute(self, given: Given) -> Outcome:
-        """All of a step, the direction first, if it finds one. Nothing waits for the device or writes what outlives it."""
+        """All of a step, the direction first, if it finds one. Waits for no device, and writes nothing that stays."""
         with self._decoder.installed(), torch.enable_grad():
             direction = None
             if given.pairs is not None:

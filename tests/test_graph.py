@@ -14,6 +14,7 @@ import torch
 from oracle import ALL_LINEAR, lora, random_batch, random_pairs, tiny_model
 from recorders import Eager, Rerun, attached
 from steps import CONFIG, CONFIGS, gap, grads
+from test_launches import WAITING, Ops
 from test_prefixes import alike
 from torch import nn
 
@@ -197,7 +198,9 @@ def test_a_failed_recording_leaves_an_eager_step() -> None:
             sap.step(batch, pairs)
             each.zero_grad()
             if fails:
-                with pytest.warns(UserWarning, match=r"recording a step failed \(RuntimeError: operation not permitted"):
+                with pytest.warns(
+                    UserWarning, match=r"recording a step failed \(RuntimeError: operation not permitted"
+                ):
                     sap.step(batch, pairs)
                 assert not sap._graphs.active
             else:
@@ -243,7 +246,9 @@ def test_without_a_gpu_steps_are_eager_and_say_so_once() -> None:
     model, batch, pairs = tiny_model(), random_batch(), random_pairs()
     own = copy.deepcopy(model)
     config = CONFIG.replace(check="deferred")
-    with pytest.warns(UserWarning, match=r"the model is on cpu, and CUDA graphs need a CUDA device\. Steps run eagerly"):
+    with pytest.warns(
+        UserWarning, match=r"the model is on cpu, and CUDA graphs need a CUDA device\. Steps run eagerly"
+    ):
         sap = sap_fast.attach(model, config.replace(graph=True))
     with sap, sap_fast.attach(own, config) as other:
         for _ in range(3):
@@ -300,8 +305,6 @@ def test_tensors_are_found_and_put_back_in_one_order() -> None:
 
 def test_nothing_in_a_step_waits_for_the_device_after_packing() -> None:
     """What a replay could not do: read a number, or make a tensor whose size depends on one."""
-    from test_launches import WAITING, Ops
-
     model, batch, pairs = tiny_model(targets=ALL_LINEAR), alike(), random_pairs()
     graphs = Graphs(read_decoder(model), Rerun())
     seen: list[set[str]] = []
@@ -318,4 +321,3 @@ def test_nothing_in_a_step_waits_for_the_device_after_packing() -> None:
             sap.step(batch, pairs)
     assert len(seen) == 4
     assert not any(names & WAITING for names in seen), [names & WAITING for names in seen]
-

@@ -1,6 +1,6 @@
 """Captured steps, ``SAPConfig(graph=True)``: what a step computes is recorded once for a size of batches and replayed.
 
-A step's passes are some thousand launches, each of which costs the host time. A CUDA graph launches them at once. It
+Every op of a step's passes is a launch, which costs the host time. A CUDA graph launches all of them at once. It
 runs on the memory that it was recorded with, so a step's inputs (packed rows of static shapes, the seeds of dropout,
 the probe and its moments, the last direction) are copied into buffers first, and its results are copied out; the
 model's weights are read where they lie. The first step of a size runs eagerly, on the same padded rows; the second is
@@ -25,7 +25,7 @@ from sap_fast.decoder import Decoder
 from sap_fast.ops._library import architecture
 from sap_fast.tensors import T, rebuilt, tensors_of
 
-# Each keeps its launches in memory, some MiB for a deep model; a run with more sizes than this gains little by them.
+# Each keeps its launches and its results in memory. Batches of more sizes than this seldom meet one again.
 _MOST = 64
 # How far beneath its caller ``attach``, and ``SAP.step``, the warnings here are raised.
 _ATTACH, _STEP = 5, 6
@@ -40,7 +40,7 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """Records CUDA graphs, whose memory is shared: they are replayed one after another, and leave nothing there.
+    """Records CUDA graphs in one memory: they are replayed in turn, and what one leaves there is its results alone.
 
     Args:
         device: where the functions compute.
@@ -153,7 +153,10 @@ class Graphs:
         return compute(given) if captured is None else captured.run(inputs)
 
     def _capture(self, compute: Callable[[T], Any], given: T, key: Hashable) -> _Captured | None:
-        """Record a step; None, with a warning, where that fails, and then no other is recorded."""
+        """Record a step; None, with a warning, where that fails. No other is recorded then.
+
+        The step is not touched by it; of its own allocator torch does not promise that after a failure.
+        """
         if len(self._captured) == _MOST:
             if not self._told:
                 self._told = True

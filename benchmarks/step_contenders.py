@@ -13,11 +13,13 @@ of the adapters; the optimizer is left out of all.
 - ``lagged``, ``fresh``: ``SAP.step`` by its two schedules; ``lagged-unshared``: with a row for each token, also of what
   sequences begin with in common; ``lagged-padded``: on rows whose padding counts as tokens, besides.
 - ``direction-kept``: ``lagged`` with the direction of its first step: what an exact step does beside finding one.
+- ``graph``: ``lagged``, captured and replayed as a CUDA graph, on rows padded to shipped sizes.
 - the others: ``lagged`` with options that save passes or work; ``float8`` where the device and the model allow it.
 """
 
 import io
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
@@ -294,6 +296,8 @@ def sap(
     def opened(model: nn.Module, given: Given) -> Iterator[Run]:
         if padded and given.kind == "full":
             raise AbsentError("full rows hold no padding: it is lagged")
+        if config.graph and given.batch["input_ids"].device.type != "cuda":
+            raise AbsentError("CUDA graphs need a GPU")
         settings, batch, contrast = config, given.batch, given.pairs
         if config.pairs_per_step is not None:
             if given.shapes.pairs < 2:
@@ -308,7 +312,7 @@ def sap(
                 p.grad = None
             return handle.step(batch, contrast if pairs else None).loss
 
-        with _attached(model, settings) as handle:
+        with _nothing_blocked(), _attached(model, settings) as handle:
             packer = Packer.of(read_decoder(model), settings)
             yield Run(
                 step,
@@ -333,6 +337,14 @@ def _attached(model: nn.Module, config: SAPConfig) -> SAP:
         if not config.float8:
             raise
         raise AbsentError(str(error)) from error
+
+
+@contextmanager
+def _nothing_blocked() -> Iterator[None]:
+    """Where something blocks captured steps, the contender is refused: it would be an eager step under their name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "graph=True")
+        yield
 
 
 def _saving(period: int = 1, **options: Any) -> Contender:
@@ -364,6 +376,7 @@ CONTENDERS: dict[str, Contender] = {
         "lagged",
         {"schedule": "lagged", "direction": "of the first step"},
     ),
+    "graph": _saving(graph=True, check="deferred"),
     "direction-every": _saving(4, direction_every=4),
     "tangents": _saving(tangent_fraction=0.25),
     "direction-every+tangents": _saving(4, direction_every=4, tangent_fraction=0.25),

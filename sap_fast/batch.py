@@ -20,6 +20,7 @@ from sap_fast.ops.take_rows import RowIndex
 
 IGNORED = -100
 _KEYS = {"input_ids", "attention_mask", "labels"}
+Count = int | Tensor
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,26 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Padding:
+    """What of rows of static shapes is dead (``sap_fast/buckets.py``), on the device.
+
+    ``tokens [tokens]`` and ``labels [M]`` bool: which of them; ``scored`` 0-dim: how many labels are not.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    scored: Tensor
+
+
+@dataclass(frozen=True)
 class Rows:
     """A packed batch.
 
     ``input_ids, position_ids [rows]`` (a position is the token's column in the padded batch, as transformers
     counts); ``cu_seqlens [B + 1]`` int32 and ``max_seqlen``, both of tokens; ``labelled``: takes the rows that predict
     a scored token, ``labels [M]``: those tokens, ``label_sequence [M]``: their sequences. A token has a row of its
-    own, unless ``shared`` (see ``sap_fast/prefixes.py``).
+    own, unless ``shared`` (see ``sap_fast/prefixes.py``). All of it is real, unless ``padding`` says what
+    is not.
     """
 
     input_ids: Tensor
@@ -49,6 +63,7 @@ class Rows:
     label_sequence: Tensor
     sequences: int
     shared: Shared | None = None
+    padding: Padding | None = None
 
     @property
     def rows(self) -> int:
@@ -63,8 +78,9 @@ class Rows:
         return self.labelled.rows
 
     @property
-    def scored(self) -> int:
-        return self.labels.shape[0]
+    def scored(self) -> Count:
+        """How many tokens are scored; of padded rows 0-dim, on the device."""
+        return self.labels.shape[0] if self.padding is None else self.padding.scored
 
 
 def pack(

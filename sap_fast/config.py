@@ -71,6 +71,9 @@ class SAPConfig:
             gives the same rounding on any device and in any dtype and saves nothing.
         check: ``"now"`` looks at the step's numbers before ``.grad`` is written; ``"deferred"`` leaves a flag
             on the device and raises at the next step, without the guarantee that nothing was written.
+        graph: whether steps are captured as CUDA graphs and replayed (``sap_fast/graph.py``), which takes the host's
+            work on the passes away: for steps that are bound by launches. Rows are then padded to shipped sizes. Needs
+            ``check="deferred"``; where something blocks it, steps run eagerly, and a warning says why.
 
     Raises:
         ValueError: a value out of its range, named.
@@ -100,6 +103,7 @@ class SAPConfig:
     delayed_direction: bool = False
     float8: bool | Literal["emulated"] = False
     check: Literal["now", "deferred"] = "now"
+    graph: bool = False
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -114,6 +118,7 @@ class SAPConfig:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be finite and not negative, but is {getattr(self, name)}")
         self._check_savings()
+        self._check_graph()
 
     def _check_savings(self) -> None:
         """Refuse what cannot save anything, or would change the method without saying so."""
@@ -154,6 +159,21 @@ class SAPConfig:
             raise ValueError(
                 f"delayed_direction needs schedule='lagged', but schedule is {self.schedule!r}: only there is one pass "
                 "over the task batch that all of a step's numbers come from"
+            )
+
+    def _check_graph(self) -> None:
+        """Refuse what needs numbers from the device in the middle of a step, or before the next begins."""
+        if not isinstance(self.graph, bool):
+            raise ValueError(f"graph must be True or False, but is {self.graph!r}")
+        if self.graph and self.check != "deferred":
+            raise ValueError(
+                f"graph=True needs check='deferred', but check is {self.check!r}: looking at a step's numbers before "
+                "its gradient is written waits for the device"
+            )
+        if self.graph and self.direction_min_cosine is not None:
+            raise ValueError(
+                "graph=True and direction_min_cosine do not go together: the cosine is read from the device with each "
+                "direction. Leave direction_min_cosine at None and set direction_every"
             )
 
     @classmethod

@@ -375,8 +375,8 @@ class Decoder:
         return list(streams)
 
     def score(self, run: Pass, stream: Stream) -> tuple[Tensor, Tensor | None]:
-        """Final norm and head on the rows that predict a scored token: ``(nll, nll_dot) [scored]``."""
-        last, norm, labelled = len(self.layers) - 1, self.norm, run.rows.labelled
+        """Final norm and head on the rows that predict a scored token: ``(nll, nll_dot) [scored]``; 0 of dead ones."""
+        last, norm, labelled, padding = len(self.layers) - 1, self.norm, run.rows.labelled, run.rows.padding
         probed = last in run.probe
         # Only scored rows matter from here on; but a probe on the last layer takes its scale from all of them.
         if not probed:
@@ -388,7 +388,11 @@ class Decoder:
         if probed:
             run.rms[last] = _rms(rstd, norm.eps)
             ((y, y_dot),) = take_rows([(y, y_dot)], labelled)
-        return linear_cross_entropy(y, y_dot, self.head.weight.detach(), run.rows.labels)
+        nll, nll_dot = linear_cross_entropy(y, y_dot, self.head.weight.detach(), run.rows.labels)
+        if padding is None:
+            return nll, nll_dot
+        # Not a product with 0, which would let through what is not finite.
+        return nll.masked_fill(padding.labels, 0), None if nll_dot is None else nll_dot.masked_fill(padding.labels, 0)
 
     def forward(self, run: Pass) -> tuple[Tensor, Tensor | None]:
         """The whole traversal: ``(nll, nll_dot) [scored]``."""

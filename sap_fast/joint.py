@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sap_fast.batch import Count
 from sap_fast.decoder import Decoder
 from sap_fast.direction import Direction, SafetyPass
 from sap_fast.flat import Flat
@@ -22,7 +23,7 @@ from sap_fast.probe import Probe
 
 
 def dual_with_pairs(
-    decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, safety: SafetyPass, *, scored: int | None = None
+    decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, safety: SafetyPass, *, scored: Count | None = None
 ) -> tuple[Gradients, Direction]:
     """What :func:`sap_fast.passes.dual` yields, and the direction that the pairs give.
 

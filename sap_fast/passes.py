@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sap_fast.batch import Rows
+from sap_fast.batch import Count, Rows
 from sap_fast.decoder import Decoder, Pass, Stream
 from sap_fast.flat import Flat
 from sap_fast.probe import Probe
@@ -61,7 +61,7 @@ class Gradients:
 
 
 def ordinary(
-    decoder: Decoder, micros: Sequence[Micro], probe: Probe | None = None, *, scored: int | None = None
+    decoder: Decoder, micros: Sequence[Micro], probe: Probe | None = None, *, scored: Count | None = None
 ) -> Gradients:
     """grad_theta L(theta, V) by an ordinary pass; V = 0 without a probe.
 
@@ -114,7 +114,7 @@ class DualPass:
         return _share(loss, loss_dot * weight, theta, climb * weight, _rms(self.run, self.probe))
 
 
-def dual(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, *, scored: int | None = None) -> Gradients:
+def dual(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, *, scored: Count | None = None) -> Gradients:
     """Everything at once, by one dual pass: the inner and the outer problem at the same probe.
 
     Args:
@@ -144,14 +144,14 @@ def divided(decoder: Decoder, parts: Sequence[tuple[Micro, Micro]], probe: Probe
     return completed(decoder, dual(decoder, chosen, probe, u, scored=scored), others, probe, u, scored=scored)
 
 
-def sides(parts: Sequence[tuple[Micro, Micro]]) -> tuple[list[Micro], list[Micro], int]:
+def sides(parts: Sequence[tuple[Micro, Micro]]) -> tuple[list[Micro], list[Micro], Count]:
     """Those with tangents, the others, and the scored tokens of all."""
     chosen, others = (list(side) for side in zip(*parts, strict=True))
     return chosen, others, tokens_scored(chosen) + tokens_scored(others)
 
 
 def completed(
-    decoder: Decoder, with_tangents: Gradients, others: Sequence[Micro], probe: Probe, u: Flat, *, scored: int
+    decoder: Decoder, with_tangents: Gradients, others: Sequence[Micro], probe: Probe, u: Flat, *, scored: Count
 ) -> Gradients:
     """What a dual pass over some sequences has found, completed by an ordinary one over the others."""
     without = ordinary(decoder, others, probe, scored=scored)
@@ -177,7 +177,7 @@ class _Cut:
 
 
 def inner(
-    decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, *, keep: bool, scored: int | None = None
+    decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, *, keep: bool, scored: Count | None = None
 ) -> tuple[Gradients, list[_Cut]]:
     """grad_V L_dot alone: a dual pass whose backward ends at the lowest probe.
 
@@ -264,12 +264,12 @@ def finite_difference(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u
     return _sum(map(share, micros))
 
 
-def tokens_scored(micros: Sequence[Micro]) -> int:
+def tokens_scored(micros: Sequence[Micro]) -> Count:
     """... of all micro-batches."""
     return sum(micro.rows.scored for micro in micros)
 
 
-def mean(nll: tuple[Tensor, Tensor | None], scored: int) -> tuple[Tensor, Tensor]:
+def mean(nll: tuple[Tensor, Tensor | None], scored: Count) -> tuple[Tensor, Tensor]:
     """A micro-batch's share of ``(L, L_dot)``; in an ordinary pass L_dot is 0."""
     loss = nll[0].sum() / scored
     return loss, torch.zeros_like(loss) if nll[1] is None else nll[1].sum() / scored
@@ -280,9 +280,10 @@ def _detached(run: Pass) -> dict[str, Tensor]:
 
 
 def _rms(run: Pass, probe: Probe) -> Tensor:
-    """``[P, tokens]``: a row that sequences share counts for each of them."""
-    rms, shared = torch.stack([run.rms[j] for j in probe.layers]), run.rows.shared
-    return rms if shared is None else rms.index_select(1, shared.spread.rows)
+    """``[P, tokens]``: a row that sequences share counts for each of them; that of a dead token is infinite."""
+    rms, rows = torch.stack([run.rms[j] for j in probe.layers]), run.rows
+    rms = rms if rows.shared is None else rms.index_select(1, rows.shared.spread.rows)
+    return rms if rows.padding is None else rms.masked_fill(rows.padding.tokens, torch.inf)
 
 
 def _share(

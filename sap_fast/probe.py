@@ -24,14 +24,14 @@ class Probe:
     Attributes:
         layers: the probed layers, in the order of the rows.
         vectors, first_moment, second_moment: ``[P, d]`` in float32 (float64 for a float64 model).
-        steps: how often AdamW has stepped.
+        steps: how often AdamW has stepped; 0-dim float64 on the device for captured steps, where it cannot be a number.
     """
 
     layers: tuple[int, ...]
     vectors: Tensor
     first_moment: Tensor
     second_moment: Tensor
-    steps: int = 0
+    steps: int | Tensor = 0
 
     @classmethod
     def zeros(cls, layers: tuple[int, ...], width: int, device: torch.device, dtype: torch.dtype) -> "Probe":
@@ -69,10 +69,10 @@ class Probe:
 
         Args:
             gradient: ``grad_V L_dot``, ``[P, d]``.
-            rms: per-token RMS of each probed layer's output, ``[P, tokens]``.
+            rms: per-token RMS of each probed layer's output, ``[P, tokens]``; infinite of dead tokens.
             alpha: 0-dim; what turns ``grad_V L_dot`` into ``grad_V L_su``. Only ``"adamw"`` is not scale-free.
         """
-        scale = _median(rms) if config.strength_unit == "relative" else 1.0
+        scale = _median(rms, padded=config.graph) if config.strength_unit == "relative" else 1.0
         if config.probe_update == "sign":
             # Steepest ascent where each coordinate may move by strength * scale.
             return replace(self, vectors=config.strength * scale * gradient.sign())
@@ -91,11 +91,18 @@ class Probe:
         return Probe(self.layers, vectors, first, second, t)
 
 
-def _median(rms: Tensor) -> Tensor:
-    """The median over tokens ``[P, 1]``: the first token of a sequence can carry an activation 100 times as large."""
+def _median(rms: Tensor, *, padded: bool) -> Tensor:
+    """The median over tokens ``[P, 1]``: the first token of a sequence can carry an activation 100 times as large.
+
+    Args:
+        padded: whether there may be dead tokens, which are infinite, among them.
+    """
     # By sorting, since torch.median along a dimension is refused on CUDA under deterministic algorithms.
-    middle = (rms.shape[1] - 1) // 2
-    return rms.sort(1).values[:, middle, None]
+    ordered = rms.sort(1).values
+    if padded:
+        real = (rms != torch.inf).sum(1, keepdim=True)
+        return ordered.gather(1, (real - 1).clamp_min(0) // 2)
+    return ordered[:, (rms.shape[1] - 1) // 2, None]
 
 
 def _normalised(gradient: Tensor, scale: Tensor | float, config: SAPConfig) -> Tensor:

@@ -7,7 +7,7 @@ It never writes a weight.
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from sap_fast import passes
 from sap_fast.attention_backends import with_attention
-from sap_fast.batch import Rows
 from sap_fast.config import SAPConfig
 from sap_fast.convert import base_model, check_adapters, read_decoder
 from sap_fast.decoder import Decoder
@@ -23,10 +22,12 @@ from sap_fast.direction import Direction, SafetyPass, harmful_direction
 from sap_fast.errors import StepRefusedError
 from sap_fast.flat import Flat
 from sap_fast.float8 import check_unchanged, float8_weights
+from sap_fast.graph import Graphs
 from sap_fast.guard import guarded
 from sap_fast.integrity import Snapshot
 from sap_fast.joint import divided_with_pairs, dual_with_pairs
 from sap_fast.mark import mark, unmark
+from sap_fast.outcome import Deferred, Given, Outcome, State, Task, report_of, seen
 from sap_fast.packing import Packer
 from sap_fast.passes import Gradients, Micro
 from sap_fast.probe import Probe
@@ -36,45 +37,6 @@ from sap_fast.rhythm import Rhythm
 from sap_fast.shares import some_pairs, some_tangents
 
 Batch = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _State:
-    """What one step hands to the next."""
-
-    probe: Probe
-    direction: Flat | None  # u, as last found
-    rhythm: Rhythm
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What the task passes read: the batch, and pairs that are to be run with it.
-
-    ``parts``: if only some of its sequences carry tangents, those and the others.
-    """
-
-    micros: list[Micro]
-    parts: list[tuple[Micro, Micro]] | None = None
-    pairs: Rows | None = None
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """A step's results, before any of them is written."""
-
-    theta: Flat  # what goes to .grad
-    direction: Direction | None  # if one was found
-    state: _State  # for the next step
-    report: StepReport
-
-
-@dataclass(frozen=True)
-class _Deferred:
-    """A step's numbers, to be looked at in the next one, and what to go back to if they are refused."""
-
-    seen: Tensor
-    state: _State
 
 
 class SAP:
@@ -90,8 +52,11 @@ class SAP:
         self._layers = config.layers_of(len(decoder.layers)) if config.uses_probe else ()
         dtype = torch.promote_types(decoder.embedding.weight.dtype, torch.float32)
         probe = Probe.zeros(self._layers, decoder.hidden_size, decoder.device, dtype)
-        self._state = _State(probe, None, Rhythm.of(config))
-        self._deferred: _Deferred | None = None
+        self._graphs = Graphs.of(decoder) if config.graph else None
+        if config.graph:
+            probe = replace(probe, steps=torch.zeros((), dtype=torch.float64, device=decoder.device))
+        self._state = State(probe, None, Rhythm.of(config))
+        self._deferred: Deferred | None = None
         base = base_model(model)
         mark(base)
         # Called by detach, or when a handle is dropped without it; runs once.
@@ -144,22 +109,17 @@ class SAP:
         probes = pair_rows is not None and rhythm.probes(config)
         if pairs is not None and pair_rows is not None and directs and config.pairs_per_step is not None:
             pair_rows = some_pairs(pairs, pair_rows, config.pairs_per_step, packer)
-        if pair_rows is not None and directs:
-            pair_rows = packer.shared(pair_rows)
         micros = [Micro(r, self._draw_seed()) for r in rows]
         parts = None
         if probes and config.tangent_fraction < 1:
             parts = some_tangents(batches, micros, config.tangent_fraction, packer, self._draw_seed)
 
-        with decoder.installed(), torch.enable_grad():
-            direction = None
-            # A delayed direction is known already, but in the first step.
-            delayed = directs and config.delayed_direction and self._state.direction is not None
-            if pair_rows is not None and directs and not delayed:
-                decoder.enter("direction")
-                direction = harmful_direction(decoder, pair_rows, self._acting(), config)
-            task = _Task(micros, parts, pair_rows if delayed else None)
-            outcome = self._compute(task, direction, plain=pair_rows is None, probes=probes)
+        found_from = packer.shared(pair_rows) if pair_rows is not None and directs else None
+        # A delayed direction is known already, but in the first step.
+        delayed = config.delayed_direction and directs and self._state.direction is not None
+        state = replace(self._state, rhythm=Rhythm())
+        given = Given(Task(micros, parts), found_from, state, plain=pair_rows is None, probes=probes, delayed=delayed)
+        outcome = self._outcome(given)
         self._check(outcome)
         self._commit(outcome)
         return outcome.report
@@ -171,7 +131,7 @@ class SAP:
             StepRefusedError: with ``check="deferred"``, if the last step's numbers are unusable.
         """
         self._release()
-        self._attached = None
+        self._attached = self._graphs = None
         self._settle()
 
     def __enter__(self) -> "SAP":
@@ -226,19 +186,48 @@ class SAP:
             return None
         return torch.randint(2**31, (), device=decoder.device)
 
-    def _compute(self, task: _Task, direction: Direction | None, *, plain: bool, probes: bool) -> _Outcome:
+    def _outcome(self, given: Given) -> Outcome:
+        """Compute a step, by a replay where there is one, and count it."""
+        if self._graphs is None or not self._graphs.active:
+            outcome = self._compute(given)
+        else:
+            outcome = self._graphs.run(self._compute, given.padded())
+            micros, pairs = given.task.micros, given.pairs
+            report = replace(
+                outcome.report,
+                tokens=sum(m.rows.tokens for m in micros),
+                scored_tokens=sum(len(m.rows.labels) for m in micros),
+                safety_tokens=0 if pairs is None else pairs.tokens,
+            )
+            outcome = replace(outcome, report=report)
+        rhythm, config, before = self._state.rhythm, self.config, self._state.direction
+        if not given.plain:
+            rhythm = rhythm.after(directed=outcome.direction is not None)
+        if outcome.direction is not None and before is not None and config.direction_min_cosine is not None:
+            rhythm = rhythm.adapted(float(outcome.report.direction_cosine), config)
+        return replace(outcome, state=replace(outcome.state, rhythm=rhythm))
+
+    def _compute(self, given: Given) -> Outcome:
+        """All of a step, the direction first, if it finds one. Waits for no device, and writes nothing that stays."""
+        decoder, state = self._decoder, given.state
+        with decoder.installed(), torch.enable_grad():
+            direction = None
+            if given.pairs is not None and not given.delayed:
+                decoder.enter("direction")
+                direction = harmful_direction(decoder, given.pairs, self._acting(state), self.config)
+            return self._run_task(given, direction)
+
+    def _run_task(self, given: Given, direction: Direction | None) -> Outcome:
         """Run the passes that the configuration asks for, then the guard.
 
         Args:
             direction: if this step found one to use; else the last one is used.
-            plain: without pairs there is neither a direction nor a probe.
-            probes: whether this step finds a probe.
         """
-        config, decoder, state = self.config, self._decoder, self._state
+        config, decoder, task, state = self.config, self._decoder, given.task, given.state
         decoder.enter("task")
         probe = state.probe
-        u = None if plain else direction.u if direction else state.direction
-        if u is None or not config.uses_probe or not probes:
+        u = None if given.plain else direction.u if direction else state.direction
+        if u is None or not config.uses_probe or not given.probes:
             acting = probe if u is not None and config.uses_probe else None
             gradients = passes.ordinary(decoder, task.micros, acting)
             used, found = acting or probe.at_zero(), probe
@@ -247,27 +236,24 @@ class SAP:
         elif config.schedule == "lagged":
             # One pass is inner and outer at once: the gradient at the last step's probe, and the next probe.
             used = probe
-            gradients, next_direction = self._inner_and_outer(task, used, u)
+            gradients, next_direction = self._inner_and_outer(given, used, u)
             direction = next_direction or direction
-            found = self._climb(gradients)
+            found = self._climb(gradients, probe)
         else:
-            gradients, found = self._fresh(task, u)
+            gradients, found = self._fresh(task, probe.at_zero(), u)
             used = found
 
         decoder.enter("update")
         theta = gradients.theta if u is None else guarded(gradients.theta, u, config)
-        report = self._report(gradients, direction, used, task.micros)
-        rhythm = state.rhythm if plain else state.rhythm.after(directed=direction is not None)
-        if direction is not None and state.direction is not None and config.direction_min_cosine is not None:
-            rhythm = rhythm.adapted(float(report.direction_cosine), config)
-        kept = direction.u if direction else state.direction
-        return _Outcome(theta, direction, _State(found, kept, rhythm), report)
+        report = report_of(gradients, direction, state.direction, used, task.micros)
+        after = State(found, direction.u if direction else state.direction, state.rhythm)
+        return Outcome(theta, direction, after, report, seen(report.loss, theta, found, direction))
 
-    def _inner_and_outer(self, task: _Task, probe: Probe, u: Flat) -> tuple[Gradients, Direction | None]:
+    def _inner_and_outer(self, given: Given, probe: Probe, u: Flat) -> tuple[Gradients, Direction | None]:
         """... and the next direction, if the pairs are run with the task."""
-        config, decoder = self.config, self._decoder
-        if task.pairs is not None:
-            safety = SafetyPass.start(decoder, task.pairs, self._acting(), config)
+        config, decoder, task = self.config, self._decoder, given.task
+        if given.delayed and given.pairs is not None:
+            safety = SafetyPass.start(decoder, given.pairs, self._acting(given.state), config)
             if task.parts is not None:
                 return divided_with_pairs(decoder, task.parts, probe, u, safety)
             return dual_with_pairs(decoder, task.micros, probe, u, safety)
@@ -277,81 +263,47 @@ class SAP:
             return passes.divided(decoder, task.parts, probe, u), None
         return passes.dual(decoder, task.micros, probe, u), None
 
-    def _acting(self) -> Mapping[int, Tensor]:
+    def _acting(self, state: State) -> Mapping[int, Tensor]:
         """The probe that acts on the pairs."""
-        return self._state.probe.singles() if self.config.probe_in_safety_pass else {}
+        return state.probe.singles() if self.config.probe_in_safety_pass else {}
 
-    def _fresh(self, task: _Task, u: Flat) -> tuple[Gradients, Probe]:
+    def _fresh(self, task: Task, zero: Probe, u: Flat) -> tuple[Gradients, Probe]:
         """Find the probe from zero, then take the gradient in its presence."""
-        config, decoder, zero, micros = self.config, self._decoder, self._state.probe.at_zero(), task.micros
+        config, decoder, micros = self.config, self._decoder, task.micros
         if config.gradient == "finite_difference":
             inner = passes.finite_difference(decoder, micros, zero, u, self._alpha())
-            found = self._climb(inner)
+            found = self._climb(inner, zero)
             outer = passes.ordinary(decoder, micros, found)
         elif task.parts is not None:
             scored = sum(micro.rows.scored for micro in micros)
             chosen = [part for part, _ in task.parts]
             inner, _ = passes.inner(decoder, chosen, zero, u, keep=False, scored=scored)
-            found = self._climb(inner)
+            found = self._climb(inner, zero)
             outer = passes.ordinary(decoder, micros, found)
         else:
             keep = config.restart == "store" or (config.restart == "auto" and len(micros) == 1)
             inner, cuts = passes.inner(decoder, micros, zero, u, keep=keep)
-            found = self._climb(inner)
+            found = self._climb(inner, zero)
             outer = passes.restarted(decoder, cuts, found) if keep else passes.ordinary(decoder, micros, found)
         return replace(inner, loss=outer.loss, theta=outer.theta, loss_dot=outer.theta.dot(u)), found
 
-    def _climb(self, gradients: Gradients) -> Probe:
+    def _climb(self, gradients: Gradients, probe: Probe) -> Probe:
         self._decoder.enter("update")
         alpha = self._alpha() if self.config.probe_update == "adamw" else None
-        return self._state.probe.climbed(gradients.probe_dot, gradients.rms, alpha, self.config)
+        return probe.climbed(gradients.probe_dot, gradients.rms, alpha, self.config)
 
     def _alpha(self) -> Tensor:
         """Length of the published perturbation: ``radius * |theta|`` over all trained weights."""
         return self.config.radius * Flat.of(self._decoder.trained).norm()
 
-    def _report(
-        self, gradients: Gradients, direction: Direction | None, used: Probe, micros: list[Micro]
-    ) -> StepReport:
-        zero = torch.zeros_like(gradients.loss)
-        steering = probe_cosine = zero
-        if gradients.probe_dot.numel():
-            steering = (used.vectors * gradients.probe_dot).sum()
-            probe_cosine = _cosine(steering, used.vectors.norm(), gradients.probe_dot.norm())
-        cosine = zero
-        if direction is not None and self._state.direction is not None:
-            cosine = direction.u.dot(self._state.direction)
-        return StepReport(
-            loss=gradients.loss,
-            loss_dot=gradients.loss_dot,
-            safety_loss=direction.loss if direction else zero,
-            safety_margin=direction.margin if direction else zero,
-            saturated=direction.saturated if direction else zero,
-            direction_norm=direction.norm if direction else zero,
-            direction_cosine=cosine,
-            steering=steering,
-            probe_cosine=probe_cosine,
-            probe_norm=used.by_layer(used.vectors.norm(dim=1)),
-            tokens=sum(m.rows.tokens for m in micros),
-            scored_tokens=sum(m.rows.scored for m in micros),
-            safety_tokens=direction.tokens if direction else 0,
-            found_direction=direction is not None,
-            found_probe=bool(gradients.probe_dot.numel()),
-        )
-
-    def _check(self, outcome: _Outcome) -> None:
+    def _check(self, outcome: Outcome) -> None:
         """Refuse unusable numbers: at once, or, deferred, at the next step (the flag stays on the device)."""
-        one = torch.ones_like(outcome.report.loss)
-        numbers = [outcome.report.loss, outcome.theta.norm(), outcome.state.probe.vectors.norm()]
-        direction = outcome.direction
-        numbers += [direction.norm, direction.margin, direction.saturated] if direction else [one, one, 0 * one]
-        seen = torch.stack(numbers).double()
         if self.config.check == "deferred":
-            self._deferred = _Deferred(seen, self._state)
+            self._deferred = Deferred(outcome.seen, self._state)
         else:
-            raise_if_refused(seen.tolist(), "Nothing was written")
+            raise_if_refused(outcome.seen.tolist(), "Nothing was written")
 
-    def _commit(self, outcome: _Outcome) -> None:
+    def _commit(self, outcome: Outcome) -> None:
         """Write ``.grad`` and take the new probe: all of it, or none if interrupted."""
         self._decoder.enter("write")
         trained = self._decoder.trained
@@ -391,7 +343,3 @@ def attach(model: nn.Module, config: SAPConfig | None = None) -> SAP:
         RuntimeError: the model is attached already.
     """
     return SAP(model, config or SAPConfig())
-
-
-def _cosine(product: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(a * b > 0, product / (a * b), torch.zeros_like(product))

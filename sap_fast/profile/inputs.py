@@ -89,12 +89,12 @@ class Rounds:
             "tokens": median(r.tokens for r in self.rows),
             "rows": median(r.rows for r in self.rows),
             "tokens_padded": median(b["input_ids"].numel() for b in self.batches),
-            "tokens_scored": median(r.scored for r in self.rows),
+            "tokens_scored": median(len(r.labels) for r in self.rows),
             "pairs": median(r.sequences // 2 for r in self.pair_rows),
             "pair_tokens": median(r.tokens for r in self.pair_rows),
             "pair_rows": median(r.rows for r in self.pair_rows),
             "pair_tokens_padded": median(b["input_ids"].numel() for b in self.pairs),
-            "pair_tokens_scored": median(r.scored for r in self.pair_rows),
+            "pair_tokens_scored": median(len(r.labels) for r in self.pair_rows),
         }
 
     def _rows(self, i: int) -> tuple[Rows, Rows]:

@@ -44,7 +44,7 @@ def profile(
         model: as for :func:`sap_fast.attach`, and not attached.
         batches, pairs: as for :meth:`SAP.step`, one or several, on any device; a round takes the next. At most
             ``warmup + steps`` are drawn.
-        config: the method's settings; defaults if None.
+        config: the method's settings; defaults if None. ``graph`` is taken as False: a replay has no phases.
         steps: measured rounds.
         warmup: rounds before them.
         output_dir: where to write ``profile.json``, ``profile.html`` and ``trace.json``; None for nowhere.
@@ -63,7 +63,7 @@ def profile(
     """
     folder = None if output_dir is None else Path(output_dir)
     check_settings(steps, warmup, peak_flops, bandwidth, folder, overwrite)
-    config = config or SAPConfig()
+    config = (config or SAPConfig()).replace(graph=False)
     with attach(model, config) as sap:
         assert sap._attached is not None
         decoder = sap._attached[0]

@@ -6,8 +6,9 @@ namespace sap_fast {
 namespace {
 
 // Logits that exist at once, of all halves together, in elements; as many rows as that makes of a vocabulary, at least
-// 64. The buffer is then no larger than what glibc's allocator keeps (32 MiB): of more, every page would be new.
-constexpr int64_t kChunk = int64_t(1) << 23;
+// 64 of each half. In float32 that is a little less than the 32 MiB from which glibc maps new pages for every
+// allocation: to touch them first costs as much as a fifth of the product.
+constexpr int64_t kChunk = (int64_t(1) << 23) - 4096;
 
 int64_t chunk_rows(int64_t vocab, int64_t halves) {
   return std::max<int64_t>(64, kChunk / std::max<int64_t>(1, vocab * halves));

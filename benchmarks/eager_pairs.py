@@ -273,28 +273,29 @@ def attention_backward(
 # Output head and cross-entropy, all logits at once
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """``nll = lse(z) - z[target]``, ``z = W x``; and ``lse``, whose tangent is ``sum p z_dot``."""
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, grads: int) -> tuple[Tensor, Tensor]:
+    """``nll = lse(z) - z[target]``, ``z = W x``; and ``W' (p - e_y)``, of a pair after its tangent."""
     z = F.linear(x, weight).to(compute_dtype(x))
     lse = z[:1].logsumexp(-1)
-    if len(x) == 2:
-        p = (z[0] - lse[0, :, None]).exp()
-        lse = torch.stack((lse[0], (p * z[1]).sum(-1)))
-    return lse - z.gather(-1, targets.expand(len(z), -1)[..., None])[..., 0], lse
-
-
-def linear_cross_entropy_backward(dnll: Tensor, x: Tensor, lse: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """``W' (p - e_y)`` times the ordinary gradient, and its tangent."""
-    n = len(dnll)
-    z = F.linear(x[:n], weight).to(lse.dtype)
     p = (z[0] - lse[0, :, None]).exp()
+    if len(x) == 2:
+        lse = torch.stack((lse[0], (p * z[1]).sum(-1)))
+    nll = lse - z.gather(-1, targets.expand(len(z), -1)[..., None])[..., 0]
+    if grads == 0:
+        return nll, x.new_empty((0, *x.shape[1:]), dtype=z.dtype)
     # p - e_y, without a matrix of one-hot rows.
     off = p.scatter_add(-1, targets[:, None], -torch.ones_like(lse[0])[:, None])
-    dz_dot = off * dnll[-1, :, None]
-    if n == 1:
-        return (dz_dot[None].to(x.dtype)) @ weight
-    dz = off * dnll[0, :, None] + p * (z[1] - lse[1, :, None]) * dnll[1, :, None]
-    return torch.stack((dz, dz_dot)).to(x.dtype) @ weight
+    dz = off[None] if grads == 1 else torch.stack((p * (z[1] - lse[1, :, None]), off))
+    return nll, (dz.to(x.dtype) @ weight).to(z.dtype)
+
+
+def linear_cross_entropy_backward(dnll: Tensor, basis: Tensor, dtype: torch.dtype) -> Tensor:
+    """The ordinary gradient of every row's loss, weighted; and the tangent of that."""
+    dx_dot = dnll[-1, :, None] * basis[-1]
+    if len(dnll) == 1:
+        return dx_dot[None].to(dtype)
+    dx = dnll[0, :, None] * basis[-1] + dnll[-1, :, None] * basis[0]
+    return torch.stack((dx, dx_dot)).to(dtype)
 
 
 # Linear maps with LoRA

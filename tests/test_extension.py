@@ -101,8 +101,8 @@ def test_the_tail_of_a_vocabulary_counts() -> None:
     x[0, :, 0] = torch.linspace(16.0, 19.0, rows)
     x[1, :, 0] = 1.0
     targets = torch.full((rows,), 5)
-    expected, _ = torch.ops.sap_fast.linear_cross_entropy(x, weight, targets)
-    found, _ = torch.ops.sap_fast.linear_cross_entropy(x.float(), weight.float(), targets)
+    expected, _ = torch.ops.sap_fast.linear_cross_entropy(x, weight, targets, 0)
+    found, _ = torch.ops.sap_fast.linear_cross_entropy(x.float(), weight.float(), targets, 0)
     # In float32: the few terms that share a lane with the 1 lose up to half an eps each, here of a sum of 1e-3.
     assert float(((found - expected) / expected).abs().max()) < 3e-4
     # The yardstick is right itself: the loss in closed form. In float64 it is the difference of two numbers below 20,
@@ -166,8 +166,9 @@ def test_tensors_that_do_not_fit_are_refused(op: OpCases) -> None:
             # The seed is a number; attention's o is what only GPUs need of it.
             if not isinstance(x, Tensor) or argument.name in ("seed", "o"):
                 continue
-            # Rotation leaves channels beyond those of cos and sin alone, however many there are.
-            dim = 1 if op.name == "rotary" and x.dim() == 4 else -1
+            # Rotation leaves channels beyond those of cos and sin alone, however many there are; a basis may have any
+            # width.
+            dim = 1 if (op.name == "rotary" and x.dim() == 4) or argument.name == "basis" else -1
             wrong = torch.cat((x, x.narrow(dim, 0, 1)), dim)
             with pytest.raises(RuntimeError):
                 function(*args[:i], [wrong, *given[1:]] if listed else wrong, *args[i + 1 :])

@@ -17,7 +17,7 @@ from sap_fast.ops._library import (
     split_cotangent,
     stacked_cotangent,
 )
-from sap_fast.ops.linear_cross_entropy.reference import primal
+from sap_fast.ops.linear_cross_entropy.reference import combined, primal
 
 __all__ = ["linear_cross_entropy"]
 
@@ -52,19 +52,22 @@ def linear_cross_entropy(
     check_device("targets", targets, "x", x)
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64, but are {targets.dtype}")
-    return _LinearCrossEntropy.apply(x, x_dot, weight, targets)
+    return _LinearCrossEntropy.apply(x, x_dot, weight, targets, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, targets: Tensor
+        ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, targets: Tensor, grad_enabled: bool
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.mode = Mode.of(x_dot, ctx.needs_input_grad[0])
-        x_stack = stacked(x, x_dot)
-        nll, lse = torch.ops.sap_fast.linear_cross_entropy(x_stack, weight, targets)
-        ctx.save_for_backward(x_stack, lse, weight, targets)
+        ctx.dtype = x.dtype
+        # Without grad mode, tensors that require grad still say so.
+        differentiated = grad_enabled and any(ctx.needs_input_grad[:2])
+        grads = 0 if not differentiated else 2 if ctx.mode is Mode.FULL else 1
+        nll, basis = torch.ops.sap_fast.linear_cross_entropy(stacked(x, x_dot), weight, targets, grads)
+        ctx.save_for_backward(basis)
         nll, nll_dot = halves(nll)
         if ctx.mode is Mode.HALF:
             ctx.mark_non_differentiable(nll)
@@ -73,39 +76,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dnll: Tensor | None, dnll_dot: Tensor | None) -> tuple:
-        x, lse, weight, targets = ctx.saved_tensors
-        dnll = stacked_cotangent(ctx.mode, dnll, dnll_dot, lse[0])
-        dx = torch.ops.sap_fast.linear_cross_entropy_backward(dnll, x, lse, weight, targets)
-        return *split_cotangent(ctx.mode, dx), None, None
+        (basis,) = ctx.saved_tensors
+        dnll = stacked_cotangent(ctx.mode, dnll, dnll_dot, basis.new_empty(basis.shape[1]))
+        dx = torch.ops.sap_fast.linear_cross_entropy_backward(dnll, basis, ctx.dtype)
+        return *split_cotangent(ctx.mode, dx), None, None, None
 
 
-def _forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    chunks = [
-        pushforward(lambda x: primal(x, weight, t), x)  # noqa: B023
-        for x, t in zip(x.split(_CHUNK_ROWS, 1), targets.split(_CHUNK_ROWS), strict=True)
-    ]
-    return tuple(torch.cat(parts, 1) for parts in zip(*chunks, strict=True))
-
-
-def _backward(dnll: Tensor, x: Tensor, lse: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    # lse (and its tangent) is what a kernel reads; the reference derives it again.
-    chunks = [
-        pullback(lambda x: primal(x, weight, t)[:1], (x,), (d,))[0]  # noqa: B023
-        for d, x, t in zip(dnll.split(_CHUNK_ROWS, 1), x.split(_CHUNK_ROWS, 1), targets.split(_CHUNK_ROWS), strict=True)
-    ]
-    return torch.cat(chunks, 1)
+def _forward(x: Tensor, weight: Tensor, targets: Tensor, grads: int) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(x)
+    nll, basis = x.new_empty(x.shape[:2], dtype=dtype), x.new_empty((grads, *x.shape[1:]), dtype=dtype)
+    # Of the loss, or of its tangent.
+    unit = x.new_zeros((grads, _CHUNK_ROWS), dtype=dtype)
+    unit[-1:] = 1
+    for first in range(0, x.shape[1], _CHUNK_ROWS):
+        part = slice(first, first + _CHUNK_ROWS)
+        rows, t = x[:, part].to(dtype), targets[part]
+        (nll[:, part],) = pushforward(lambda x: primal(x, weight, t), rows)  # noqa: B023
+        if grads:
+            dnll = unit[:, : len(t)]
+            (basis[:, part],) = pullback(lambda x: primal(x, weight, t), (rows,), (dnll,))  # noqa: B023
+    return nll, basis
 
 
 define(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets) -> (Tensor, Tensor)",
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int grads) -> (Tensor, Tensor)",
     _forward,
-    lambda x, weight, targets: (
+    lambda x, weight, targets, grads: (
         x.new_empty(x.shape[:2], dtype=compute_dtype(x)),
-        x.new_empty(x.shape[:2], dtype=compute_dtype(x)),
+        x.new_empty((grads, *x.shape[1:]), dtype=compute_dtype(x)),
     ),
 )
 define(
-    "linear_cross_entropy_backward(Tensor dnll, Tensor x, Tensor lse, Tensor weight, Tensor targets) -> Tensor",
-    _backward,
-    lambda dnll, x, lse, weight, targets: x.new_empty((dnll.shape[0], *x.shape[1:])),
+    "linear_cross_entropy_backward(Tensor dnll, Tensor basis, ScalarType dtype) -> Tensor",
+    combined,
+    lambda dnll, basis, dtype: basis.new_empty((dnll.shape[0], *basis.shape[1:]), dtype=dtype),
 )

@@ -2,7 +2,7 @@
 
 import torch
 
-from sap_fast.ops._cases import Case, OpCases, normal
+from sap_fast.ops._cases import Case, OpCases, Products, normal
 from sap_fast.ops.linear_cross_entropy import linear_cross_entropy
 from sap_fast.ops.linear_cross_entropy.reference import primal
 
@@ -24,7 +24,9 @@ CASES = OpCases(
     name="linear_cross_entropy",
     outputs=("nll",),
     call=lambda pairs, c: [linear_cross_entropy(*pairs["x"], **c)],
-    primal=lambda xs, c: primal(xs["x"], **c)[:1],
+    primal=lambda xs, c: primal(xs["x"], **c),
+    # The backward's products are formed in the forward.
+    products=Products(forward=2, backward=0, pair_forward=4, pair_backward=0),
     cases=[
         _case(1, 1, 1),
         _case(0, 11, 8),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sap_fast.ops._library import architecture
 from sap_fast.ops._triton import Config, config, empty, launch
+from sap_fast.ops.linear_cross_entropy.reference import combined
 
 # Logits of one half that exist at once, in elements: 128 MiB in float32, whatever the vocabulary.
 _CHUNK = 2**25
@@ -60,21 +61,14 @@ def statistics_kernel(
         tl.store(nll + out_half + i_row, b_lse_dot - b_target_dot)
 
 
-@triton.jit(do_not_specialize=["lse_half", "dnll_half"])
+@triton.jit(do_not_specialize=["lse_half"])
 def cotangent_kernel(
-    z,
-    targets,
-    lse,
-    dnll,
-    dz,
-    z_half,
-    lse_half,
-    dnll_half,
-    VOCAB: tl.constexpr,
-    FULL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    z, targets, lse, dz, z_half, lse_half, VOCAB: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """``dz_dot = dnll_dot (p - e_y)``, ``dz = dnll (p - e_y) + dnll_dot p (z_dot - lse_dot)``, by row and block."""
+    """Of the logits of both halves, where the cotangent of nll_dot is 1: ``p - e_y``, by row and block.
+
+    In full mode that is the second half, and the first ``p (z_dot - lse_dot)``.
+    """
     i_row = tl.program_id(0).to(tl.int64)
     # [BLOCK]
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -82,18 +76,16 @@ def cotangent_kernel(
     p_z, p_dz = z + i_row * VOCAB + o, dz + i_row * VOCAB + o
     b_p = tl.exp(tl.load(p_z, mask=m, other=-1e38) - tl.load(lse + i_row))
     b_miss = b_p - tl.where(o == tl.load(targets + i_row), 1.0, 0.0)
-    dnll_dot = tl.load(dnll + dnll_half + i_row)
     if FULL:
         b_spread = tl.load(p_z + z_half, mask=m, other=0.0) - tl.load(lse + lse_half + i_row)
-        b_dz = tl.load(dnll + i_row) * b_miss + dnll_dot * b_p * b_spread
-        tl.store(p_dz, b_dz, mask=m)
-        tl.store(p_dz + z_half, dnll_dot * b_miss, mask=m)
+        tl.store(p_dz, b_p * b_spread, mask=m)
+        tl.store(p_dz + z_half, b_miss, mask=m)
     else:
-        tl.store(p_dz, dnll_dot * b_miss, mask=m)
+        tl.store(p_dz, b_miss, mask=m)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x W^T`` in float32: rounded to bfloat16, a logit of 20 would be off by 0.06."""
+    """``x W^T`` in float32: rounded to bfloat16, a logit of 20 would be off by 0.06, and a cotangent rounded twice."""
     if x.dtype == torch.float32:
         return x @ weight.T
     if x.is_cuda and not torch.version.hip:
@@ -112,44 +104,40 @@ def _chunks(rows: int, vocab: int) -> Iterator[slice]:
     return (slice(i, min(i + size, rows)) for i in range(0, rows, size))
 
 
-def forward(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weight: Tensor, targets: Tensor, grads: int) -> tuple[Tensor, Tensor]:
     """Serves ``sap_fast::linear_cross_entropy``."""
     halves, rows, d = x.shape
     nll, lse = (empty(x, halves, rows, dtype=torch.float32) for _ in range(2))
+    basis = empty(x, grads, rows, d, dtype=torch.float32)
     targets, vocab = targets.contiguous(), len(weight)
-    x, weight = _alike(x, weight)
+    chosen = vocab_config(str(architecture(x.device)))
+    # Every model's head is contiguous; of another, torch's products would sum in another order.
+    x, weight = _alike(x, weight.contiguous())
     for part in _chunks(rows, vocab):
         z = _product(x[:, part].reshape(-1, d), weight)
         count = len(z) // halves
         launch(
             statistics_kernel,
             (count,),
-            vocab_config(str(architecture(x.device))),
+            chosen,
             *(z, targets[part], nll[:, part], lse[:, part], count * vocab, rows),
             VOCAB=vocab,
             PAIR=halves == 2,
         )
-    return nll, lse
+        if grads:
+            dz = empty(x, grads * count, vocab)
+            launch(
+                cotangent_kernel,
+                (count, triton.cdiv(vocab, chosen.blocks["BLOCK"])),
+                chosen,
+                *(z, targets[part], lse[:, part], dz, count * vocab, rows),
+                VOCAB=vocab,
+                FULL=grads == 2,
+            )
+            basis[:, part] = _product(dz, weight.T).view(grads, count, d)
+    return nll, basis
 
 
-def backward(dnll: Tensor, x: Tensor, lse: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Serves ``sap_fast::linear_cross_entropy_backward``; the logits are formed again, and only those needed."""
-    n, rows = dnll.shape
-    d, vocab = weight.shape[1], len(weight)
-    dx = empty(x, n, rows, d)
-    dnll, lse, targets = dnll.contiguous(), lse.contiguous(), targets.contiguous()
-    x, weight = _alike(x, weight)
-    chosen = vocab_config(str(architecture(x.device)))
-    for part in _chunks(rows, vocab):
-        z = _product(x[:n, part].reshape(-1, d), weight)
-        dz, count = empty(x, *z.shape), len(z) // n
-        launch(
-            cotangent_kernel,
-            (count, triton.cdiv(vocab, chosen.blocks["BLOCK"])),
-            chosen,
-            *(z, targets[part], lse[:, part], dnll[:, part], dz, count * vocab, rows, rows if n == 2 else 0),
-            VOCAB=vocab,
-            FULL=n == 2,
-        )
-        dx[:, part] = (dz @ weight).view(n, count, d)
-    return dx
+def backward(dnll: Tensor, basis: Tensor, dtype: torch.dtype) -> Tensor:
+    """Serves ``sap_fast::linear_cross_entropy_backward``: a product for each element, which PyTorch has."""
+    return combined(dnll, basis, dtype)

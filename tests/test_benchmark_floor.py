@@ -16,7 +16,8 @@ from benchmarks.step_work import contender_floor, shape_of
 from sap_fast.profile.counting import Counter
 
 DEVICE = Device("round figures", 1e12, 1e10)
-OPTIONAL = ("trl-sft", "liger-sft")
+# What needs a package or a GPU.
+OPTIONAL = ("trl-sft", "liger-sft", "graph", "float8", "delayed+float8")
 
 
 def posed() -> tuple[nn.Module, Given]:
@@ -29,8 +30,8 @@ def posed() -> tuple[nn.Module, Given]:
 def test_a_floor_counts_what_its_contender_does(name: str) -> None:
     """Against the FLOPs of the ops that were called.
 
-    Those are more by what need not be computed: attention's masked half in transformers' forward, 2% of the whole at
-    these lengths; logits formed again in the library's, 3%; less by the cotangent of the first layer's input, 1%.
+    Those are more by what need not be computed (attention's masked half in transformers' forward, 2% of the whole at
+    these lengths), and less by the cotangent of the first layer's input, 1%.
     """
     model, given = posed()
     contender, counter = CONTENDERS[name], Counter()
@@ -43,7 +44,7 @@ def test_a_floor_counts_what_its_contender_does(name: str) -> None:
             for _ in range(contender.period):
                 run.step()
         floor = contender_floor(contender, run, given, model, DEVICE)
-    assert 1.0 < counter.work["steps"].flops / contender.period / floor.flops < 1.04
+    assert 0.985 < counter.work["steps"].flops / contender.period / floor.flops < 1.04
 
 
 def test_a_floor_is_of_the_rows_that_a_contender_says() -> None:
@@ -52,12 +53,14 @@ def test_a_floor_is_of_the_rows_that_a_contender_says() -> None:
     with contender.opened(model, given) as run:
         pass
     whole = contender_floor(contender, run, given, model, DEVICE).work
-    shared = contender_floor(contender, replace(run, pair_rows=sum(run.pair_lengths) - 30), given, model, DEVICE).work
+    assert run.pair_rows is not None
+    shared = contender_floor(contender, replace(run, pair_rows=run.pair_rows - 2), given, model, DEVICE).work
     # A forward and a backward through the linear maps of 6 layers.
-    assert whole.linear - shared.linear == pytest.approx(2 * 2 * 30 * 6 * shape_of(model).layer_weights)
+    assert whole.linear - shared.linear == pytest.approx(2 * 2 * 2 * 6 * shape_of(model).layer_weights)
     assert whole.head == shared.head
     everywhere = contender_floor(contender, replace(run, head_on_scored=False), given, model, DEVICE).work
-    rows_of_head = sum(run.task_lengths) - scored(given.batch), sum(run.pair_lengths) - scored(given.pairs)
+    assert run.task_rows is not None
+    rows_of_head = run.task_rows - scored(given.batch), run.pair_rows - scored(given.pairs)
     # The task's carry tangents forward, and cotangents of both halves backward; the pairs' do not.
     more = 2 * shape_of(model).head_weights * (4 * rows_of_head[0] + 2 * rows_of_head[1])
     assert everywhere.head - whole.head == pytest.approx(more)

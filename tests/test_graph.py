@@ -25,6 +25,9 @@ from sap_fast.graph import Graphs
 from sap_fast.tensors import rebuilt, tensors_of
 
 OPTIONS = {
+    "delayed": CONFIG.replace(delayed_direction=True),
+    "delayed-tangents": CONFIG.replace(delayed_direction=True, tangent_fraction=0.5),
+    "float8": CONFIG.replace(float8="emulated"),
     "tangents": CONFIG.replace(tangent_fraction=0.5),
     "half-the-pairs": CONFIG.replace(pairs_per_step=1),
     "probe-every": CONFIG.replace(probe_every=2),

@@ -221,9 +221,10 @@ std::vector<Tensor> frozen_products(const std::vector<Tensor>& dys, at::TensorLi
 using Gradients = std::pair<std::vector<Tensor>, std::vector<Tensor>>;
 
 // The gradients of the adapters. The first product becomes dx: the sum of the products and of what the adapters give;
-// without products it is not needed. All tensors are contiguous.
-Gradients adapters_backward(const std::vector<Tensor>& dys, const Tensor& x, const std::vector<Tensor>& products,
+// without products it is not needed. All tensors but x are contiguous. Without adapters x gives its shape alone.
+Gradients adapters_backward(const std::vector<Tensor>& dys, const Tensor& x_in, const std::vector<Tensor>& products,
                             const std::vector<Adapter>& adapters) {
+  const auto x = adapters.empty() ? x_in : x_in.contiguous();
   const int64_t n = dys[0].size(0), rows = x.size(1), d = x.size(2);
   const bool full = n == 2, need_dx = !products.empty();
   const auto wide = x.options().dtype(compute_type(x));
@@ -328,12 +329,11 @@ std::vector<Tensor> contiguous_cotangents(at::TensorList dys_in, const Tensor& x
 }
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backward(
-    at::TensorList dys_in, const Tensor& x_in, at::TensorList weights, const Optionals& a, const Optionals& b,
+    at::TensorList dys_in, const Tensor& x, at::TensorList weights, const Optionals& a, const Optionals& b,
     const Optionals& a_dot, const Optionals& b_dot, const Tensor& seed, at::ArrayRef<double> scaling,
     at::ArrayRef<double> dropout, at::IntArrayRef salt, bool need_dx) {
   const WithoutAutocast guard;
-  check_stack("x", x_in, 3);
-  const auto x = x_in.contiguous();
+  check_stack("x", x, 3);
   check_weights(x, weights);
   const auto widths = widths_of(weights, 0);
   const auto dys = contiguous_cotangents(dys_in, x, widths);
@@ -347,12 +347,11 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_backwar
 
 // ... of products that are there, the first of which becomes dx.
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> lora_linear_backward_(
-    at::TensorList products_in, at::TensorList dys_in, const Tensor& x_in, const Optionals& a, const Optionals& b,
+    at::TensorList products_in, at::TensorList dys_in, const Tensor& x, const Optionals& a, const Optionals& b,
     const Optionals& a_dot, const Optionals& b_dot, const Tensor& seed, at::ArrayRef<double> scaling,
     at::ArrayRef<double> dropout, at::IntArrayRef salt) {
   const WithoutAutocast guard;
-  check_stack("x", x_in, 3);
-  const auto x = x_in.contiguous();
+  check_stack("x", x, 3);
   for (const auto& dy : dys_in) {
     check_stack("dy", dy, 3);
   }

@@ -9,7 +9,7 @@ from conftest import DEVICES
 from torch import Tensor
 
 from sap_fast import _C
-from sap_fast.ops import LoRATarget, Part, lora_linear_together
+from sap_fast.ops import LoRATarget, Part, lora_linear, lora_linear_together
 from sap_fast.ops._library import references_on_cpu
 
 f64 = torch.float64
@@ -153,3 +153,27 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
             raw.lora_linear_backward_([wrong], ys, x, *rest)
     with pytest.raises(RuntimeError, match="dy must be"):
         raw.lora_linear_backward_([product], [ys[0][:, :4], *ys[1:]], x, *rest)
+
+
+def test_without_adapters_no_input_is_kept() -> None:
+    """The frozen products' backward needs weights alone; q and v's adapters need what they read."""
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(6, 8)
+    a, b = torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    kept: list[tuple[int, ...]] = []
+
+    def pack(saved: Tensor) -> Tensor:
+        kept.append(tuple(saved.shape))
+        return saved
+
+    for target, shapes in ((LoRATarget(weight), set()), (LoRATarget(weight, None, a, b), {(1, 5, 8)})):
+        for call in (
+            lambda t=target: lora_linear(x, None, [t]),
+            lambda t=target: lora_linear_together([Part(x, None, [t]), Part(x, None, [t])])[1],
+        ):
+            kept.clear()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+                ((y, _),) = call()
+            assert {shape for shape in kept if shape[-1:] == (8,) and len(shape) == 3} == shapes
+            (dx,) = torch.autograd.grad(y.sum(), [x], retain_graph=True)
+            expected = torch.ones(5, 6) @ (weight if not shapes else weight + target.scaling * (b @ a).detach())
+            torch.testing.assert_close(dx, expected)

@@ -89,6 +89,11 @@ def check_targets(x: Tensor, x_dot: Tensor | None, targets: Sequence[LoRATarget]
         raise ValueError("dropout needs a seed: an int64 scalar tensor on the device of x")
 
 
+def needed_of(x: Tensor, a: Sequence[Tensor | None]) -> Tensor | None:
+    """What a backward needs of x beside its shape: nothing where no map has an adapter, whose gradient x is part of."""
+    return x if any(matrix is not None for matrix in a) else None
+
+
 def _check_target(x: Tensor, x_dot: Tensor | None, target: LoRATarget) -> None:
     weight, bias, a, b, a_dot, b_dot = target[:6]
     if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
@@ -129,7 +134,8 @@ class _LoRALinear(torch.autograd.Function):
         x_stack = stacked(x, x_dot)
         weights, biases, *adapters = (list(flat[i::6]) for i in range(6))
         ys = torch.ops.sap_fast.lora_linear(x_stack, weights, biases, *adapters, seed, *constants)
-        ctx.save_for_backward(x_stack, seed, *flat)
+        ctx.shape = x_stack.shape
+        ctx.save_for_backward(needed_of(x_stack, adapters[0]), seed, *flat)
         outputs = tuple(half for y in ys for half in halves(y))
         if ctx.mode is Mode.HALF:
             ctx.mark_non_differentiable(*outputs[0::2])
@@ -141,6 +147,7 @@ class _LoRALinear(torch.autograd.Function):
         x, seed, *flat = ctx.saved_tensors
         need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         weights, _, *adapters = (flat[i::6] for i in range(6))
+        x = weights[0].new_empty(()).expand(ctx.shape) if x is None else x
         dy_stacks = [
             stacked_cotangent(ctx.mode, dy, dy_dot, x.new_empty(()).expand(x.shape[1], weight.shape[0]))
             for dy, dy_dot, weight in zip(dys[0::2], dys[1::2], weights, strict=True)

@@ -237,7 +237,7 @@ def backward(
     need_dx: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Serves ``sap_fast::lora_linear_backward``."""
-    x, dys = rows_of(x), [rows_of(dy) for dy in dys]
+    dys = [rows_of(dy) for dy in dys]
     n, rows, _ = dys[0].shape
     d_in = x.shape[2]
     dx = empty(x, n if need_dx else 0, rows, d_in)
@@ -263,7 +263,7 @@ def backward_(
     salt: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Serves ``sap_fast::lora_linear_backward_``."""
-    x, dys = rows_of(x), [rows_of(dy) for dy in dys]
+    dys = [rows_of(dy) for dy in dys]
     n, rows, _ = dys[0].shape
     d_in = x.shape[2]
     for product in products[1:]:
@@ -273,6 +273,7 @@ def backward_(
     if not adapters:
         return das, dbs
 
+    x = rows_of(x)
     tiles = _tiles(str(architecture(x.device)), x.dtype, adapters)
     plan = _plan(x.dtype, adapters, n + 1, (d_in, *(one.b.shape[0] for one in adapters)), tiles.ranks)
     # Its halves: s A (keep x), then s dy_dot B, then s (dy B + dy_dot B_dot).

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from sap_fast.dual import halves, stacked
 from sap_fast.ops._library import Mode, compute_dtype, split_cotangent, stacked_cotangent
-from sap_fast.ops.lora_linear import LoRATarget, check_targets, lora_linear
+from sap_fast.ops.lora_linear import LoRATarget, check_targets, lora_linear, needed_of
 from sap_fast.ops.lora_linear.float8 import Float8Weight, product, rounded
 
 Pair = tuple[Tensor, Tensor | None]
@@ -161,7 +161,9 @@ class _Together(torch.autograd.Function):
             outputs += found
             constant += found[0::2] if mode is Mode.HALF else []
         ctx.mark_non_differentiable(*constant)
-        ctx.save_for_backward(*stacks, *(tensor for part in parts for tensor in part[2:]))
+        ctx.shapes = [stack.shape for stack in stacks]
+        needed = [needed_of(stack, part[2::4]) for stack, part in zip(stacks, parts, strict=True)]
+        ctx.save_for_backward(*needed, *(tensor for part in parts for tensor in part[2:]))
         return tuple(outputs)
 
     @staticmethod
@@ -170,7 +172,11 @@ class _Together(torch.autograd.Function):
         maps, modes, stride = ctx.maps, ctx.modes, ctx.stride
         count, needs = len(maps.weights), ctx.needs_input_grad[1:]
         saved = ctx.saved_tensors  # once: a checkpointed layer's can be unpacked no more often
-        stacks, rest = saved[: len(modes)], saved[len(modes) :]
+        rest = saved[len(modes) :]
+        stacks = [
+            maps.weights[0].new_empty(()).expand(shape) if x is None else x
+            for x, shape in zip(saved, ctx.shapes, strict=False)
+        ]
         adapters = [rest[i : i + 4 * count] for i in range(0, len(rest), 4 * count)]
         cotangents = []
         for i, (mode, stack) in enumerate(zip(modes, stacks, strict=True)):

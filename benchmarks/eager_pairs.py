@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.padded import padded_pair
 from sap_fast.ops._library import compute_dtype
 from sap_fast.ops.lora_linear import dropout_mask
 
@@ -168,58 +169,24 @@ def _wide_channels(x: Tensor, rotary_dim: int) -> tuple[Tensor, Tensor]:
 # Attention, dense: every sequence is padded to the longest, and all T x T scores exist at once
 
 
-class _Padded:
-    """Rows ``[S, rows, heads, d]`` as ``[S, B, kv_heads, group T, d]`` and back; padding is zero in both."""
-
-    def __init__(self, cu_seqlens: Tensor, seqused: Tensor | None, max_seqlen: int, rows: int, kv_heads: int) -> None:
-        start, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-        length = length if seqused is None else torch.minimum(length, seqused.long())
-        self.t = torch.arange(max_seqlen if rows else 0, device=cu_seqlens.device)
-        self.real = self.t < length[:, None]  # [B, T]
-        self.row = torch.where(self.real, start[:, None] + self.t, 0)  # [B, T]
-        # Where each row is among the padded ones. Rows after the last sequence are in none.
-        row = torch.arange(rows, device=cu_seqlens.device)
-        sequence = torch.searchsorted(cu_seqlens[1:].long(), row, right=True)
-        inside = sequence < len(length)
-        sequence = sequence.clamp(max=max(len(length) - 1, 0))
-        place = row - (start[sequence] if len(length) else 0)
-        self.kept = inside & (place < length[sequence]) if len(length) else inside
-        self.place = torch.where(self.kept, sequence * len(self.t) + place, 0)
-        self.kv_heads = kv_heads
-
-    def pad(self, x: Tensor) -> Tensor:
-        x = x[:, self.row] * self.real[..., None, None]  # [S, B, T, heads, d]
-        x = x.unflatten(3, (self.kv_heads, x.shape[3] // self.kv_heads)).permute(0, 1, 3, 4, 2, 5)
-        return x.flatten(3, 4)
-
-    def unpad(self, x: Tensor, group: int) -> Tensor:
-        x = x.unflatten(3, (group, len(self.t)))
-        x = x.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)  # [S, B T, heads, d]
-        x = x[:, self.place] if x.shape[1] else x.new_zeros((len(x), len(self.place), *x.shape[2:]))
-        return x * self.kept[:, None, None]
-
-    def hidden(self, group: int, window: int) -> Tensor:
-        """``[group T, T]``: the keys that a query does not see."""
-        distance = self.t.repeat(group)[:, None] - self.t
-        return (distance < 0) | (distance >= window) if window else distance < 0
-
-
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
     seqused: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     max_seqlen: int,
+    max_seqlen_k: int,
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:
     """``P = softmax(c Q K')``, ``O = P V``, and the log-sum-exp of the scores."""
     dtype, storage = compute_dtype(q), q.dtype
-    padded = _Padded(cu_seqlens, seqused, max_seqlen, q.shape[1], k.shape[2])
+    padded, keys = padded_pair(q, k, cu_seqlens, seqused, cu_seqlens_k, max_seqlen, max_seqlen_k)
     group = q.shape[2] // k.shape[2]
-    q, k, v = padded.pad(q), padded.pad(k), padded.pad(v)
-    scores = (scale * (q[0] @ k[0].mT).to(dtype)).masked_fill(padded.hidden(group, window), float("-inf"))
+    q, k, v = padded.pad(q), keys.pad(k), keys.pad(v)
+    scores = (scale * (q[0] @ k[0].mT).to(dtype)).masked_fill(padded.hidden(keys, group, window), float("-inf"))
     lse = scores.logsumexp(-1, keepdim=True)
     p = (scores - lse).exp()
     if len(q) == 1:
@@ -240,23 +207,26 @@ def attention_backward(
     lse: Tensor,
     cu_seqlens: Tensor,
     seqused: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     max_seqlen: int,
+    max_seqlen_k: int,
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, dtype, storage = len(do), compute_dtype(q), q.dtype
-    padded = _Padded(cu_seqlens, seqused, max_seqlen, q.shape[1], k.shape[2])
+    padded, keys = padded_pair(q, k, cu_seqlens, seqused, cu_seqlens_k, max_seqlen, max_seqlen_k)
     group = q.shape[2] // k.shape[2]
-    do, q, k, v, o = (padded.pad(x[-n:] if x is do else x[:n]) for x in (do, q, k, v, o))
+    do, q, o = padded.pad(do[-n:]), padded.pad(q[:n]), padded.pad(o[:n])
+    k, v = keys.pad(k[:n]), keys.pad(v[:n])
     lse = padded.pad(lse[:n, ..., None])
     scores = scale * (q[0] @ k[0].mT).to(dtype)
-    p = (scores - lse[0]).exp().masked_fill(padded.hidden(group, window), 0.0)
+    p = (scores - lse[0]).exp().masked_fill(padded.hidden(keys, group, window), 0.0)
     delta_dot = (do[-1] * o[0]).sum(-1, keepdim=True, dtype=dtype)
     ds_dot_wide = (do[-1] @ v[0].mT).to(dtype) - delta_dot  # dP_dot - delta_dot
     ds_dot = (p * ds_dot_wide).to(storage)
     dq_dot, dk_dot, dv_dot = scale * (ds_dot @ k[0]), scale * (ds_dot.mT @ q[0]), p.to(storage).mT @ do[-1]
     if n == 1:
-        return padded.unpad(dq_dot[None], group), padded.unpad(dk_dot[None], 1), padded.unpad(dv_dot[None], 1)
+        return padded.unpad(dq_dot[None], group), keys.unpad(dk_dot[None], 1), keys.unpad(dv_dot[None], 1)
     s_dot = scale * (q[1] @ k[0].mT + q[0] @ k[1].mT).to(dtype)
     p_dot = p * (s_dot - lse[1])
     delta = (do * o).sum((0, -1), dtype=dtype)[..., None]
@@ -267,7 +237,7 @@ def attention_backward(
     dk = scale * (ds.mT @ q[0] + ds_dot.mT @ q[1])
     dv = p.mT @ do[0] + p_dot.mT @ do[1]
     dq, dk, dv = (torch.stack(pair) for pair in ((dq, dq_dot), (dk, dk_dot), (dv, dv_dot)))
-    return padded.unpad(dq, group), padded.unpad(dk, 1), padded.unpad(dv, 1)
+    return padded.unpad(dq, group), keys.unpad(dk, 1), keys.unpad(dv, 1)
 
 
 # Output head and cross-entropy, all logits at once

@@ -157,7 +157,7 @@ def draw(subject: Subject, rng: torch.Generator) -> tuple[dict[str, Tensor], dic
 def _packed(rows: int, length: int, head_dim: int, device: torch.device) -> dict[str, Any]:
     cu_seqlens = torch.arange(0, rows + 1, length, dtype=torch.int32, device=device)
     constants = {"cu_seqlens": cu_seqlens, "max_seqlen": length, "scale": head_dim**-0.5}
-    return constants | {"window": None, "seqused": None}
+    return constants | {"window": None, "seqused": None, "cu_seqlens_k": None, "max_seqlen_k": None}
 
 
 def posed(subject: Subject, device: str, dtype: torch.dtype) -> Problem:

@@ -113,6 +113,8 @@ def flash_attention(problem: Problem) -> Twice:
         options["window_size"] = (-1, 0)
     options = {name: value for name, value in options.items() if name in known}
     lengths = c["cu_seqlens"], c["cu_seqlens"], c["max_seqlen"], c["max_seqlen"]
+    if c["cu_seqlens_k"] is not None:
+        lengths = c["cu_seqlens"], c["cu_seqlens_k"], c["max_seqlen"], c["max_seqlen_k"]
     return Twice(problem, ["q", "k", "v"], lambda q, k, v: [varlen_attn(q, k, v, *lengths, **options)])
 
 

@@ -3,7 +3,7 @@
 // Work is cut into blocks: some queries of all heads that share a kv head, as rows with the heads innermost, and all
 // the keys that one of them sees. Their scores are whole rows, so softmax needs no online form, and a backward sums
 // what it needs of them instead of taking it from o. Memory is linear in the sequence.
-#include "common.h"
+#include "sequences.h"
 
 #include <atomic>
 
@@ -13,51 +13,17 @@ namespace {
 // Rows of scores in a block: enough for the products to run at full speed, few enough for them to stay in the caches.
 constexpr int64_t kBlockRows = 192;
 
-struct Sequence {
-  int64_t first, length, real;  // rows of the batch, of which `real` are no padding
-};
-
 // Queries [query, query + queries) and keys [key, key + keys) of a sequence.
 struct Block {
   int64_t query, queries, key, keys;
 };
 
-std::vector<Sequence> sequences_of(const Tensor& cu_seqlens, const std::optional<Tensor>& seqused, int64_t rows,
-                                   int64_t max_seqlen) {
-  TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.numel() >= 1 && cu_seqlens.scalar_type() == at::kInt,
-              "cu_seqlens must be int32 [B + 1], but is ", cu_seqlens.scalar_type(), " ", cu_seqlens.sizes());
-  const int64_t count = cu_seqlens.numel() - 1;
-  TORCH_CHECK(!seqused || (seqused->dim() == 1 && seqused->numel() == count && seqused->scalar_type() == at::kInt),
-              "seqused must be int32 [", count, "], one for each sequence");
-  const auto starts = cu_seqlens.accessor<int32_t, 1>();
-  std::vector<Sequence> sequences;
-  TORCH_CHECK(starts[0] == 0, "cu_seqlens must begin with 0, but begins with ", starts[0]);
-  for (int64_t b = 0; b < count; ++b) {
-    const int64_t length = int64_t(starts[b + 1]) - starts[b];
-    TORCH_CHECK(length >= 0 && starts[b + 1] <= rows, "cu_seqlens must not decrease nor exceed the ", rows,
-                " rows, but sequence ", b, " is from ", starts[b], " to ", starts[b + 1]);
-    const int64_t real = seqused ? std::clamp<int64_t>(seqused->accessor<int32_t, 1>()[b], 0, length) : length;
-    TORCH_CHECK(real <= max_seqlen, "max_seqlen is ", max_seqlen, ", but sequence ", b, " has ", real, " rows");
-    sequences.push_back({starts[b], length, real});
-  }
-  return sequences;
-}
-
-// Zeros in the rows of [S, rows, ...] that are padding or of no sequence; all others are stored to.
-void clear_rest(const Tensor& x, const std::vector<Sequence>& sequences) {
-  int64_t end = 0;
-  for (const auto& sequence : sequences) {
-    x.narrow(1, sequence.first + sequence.real, sequence.length - sequence.real).zero_();
-    end = sequence.first + sequence.length;
-  }
-  x.narrow(1, end, x.size(1) - end).zero_();
-}
-
-// f(sequence, kv_head) for all of them, the longest first, each by the next thread that is free.
+// f(sequence, kv_head) for all of them, the largest first, each by the next thread that is free.
 template <class F>
 void for_each_kv_head(std::vector<Sequence> sequences, int64_t kv_heads, const F& f) {
+  const auto size = [](const Sequence& x) { return x.queries.real * x.keys.real; };
   std::stable_sort(sequences.begin(), sequences.end(),
-                   [](const Sequence& x, const Sequence& y) { return x.real > y.real; });
+                   [&](const Sequence& x, const Sequence& y) { return size(x) > size(y); });
   const int64_t count = static_cast<int64_t>(sequences.size()) * kv_heads;
   std::atomic<int64_t> next{0};
   // As many ranges as threads, even where there is less to do: in a parallel region products start no threads of their
@@ -75,17 +41,21 @@ void for_each_kv_head(std::vector<Sequence> sequences, int64_t kv_heads, const F
 class Blocks {
  public:
   Blocks(const Sequence& sequence, int64_t group, int64_t window, int64_t matrices, at::ScalarType dtype)
-      : real_(sequence.real), group_(group), window_(window), queries_(std::max<int64_t>(16, kBlockRows / group)) {
+      : real_(sequence.queries.real),
+        offset_(sequence.offset()),
+        group_(group),
+        window_(window),
+        queries_(std::max<int64_t>(16, kBlockRows / group)) {
     queries_ = std::min({queries_, int64_t(64), real_});
-    const int64_t keys = window ? std::min(real_, window + queries_ - 1) : real_;
+    const int64_t keys = window ? std::min(sequence.keys.real, window + queries_ - 1) : sequence.keys.real;
     room_ = at::empty({matrices, queries_ * group * keys}, at::TensorOptions(dtype));
   }
 
   template <class F>
   void for_each(const F& f) const {
     for (int64_t i = 0; i < real_; i += queries_) {
-      const int64_t queries = std::min(queries_, real_ - i), key = window_ ? std::max<int64_t>(0, i - window_ + 1) : 0;
-      f(Block{i, queries, key, i + queries - key});
+      const int64_t queries = std::min(queries_, real_ - i), key = first_seen(i);
+      f(Block{i, queries, key, offset_ + i + queries - key});
     }
   }
 
@@ -100,13 +70,16 @@ class Blocks {
   void for_each_row(const Block& block, const F& f) const {
     for (int64_t row = 0; row < block.queries * group_; ++row) {
       const int64_t query = block.query + row / group_;
-      const int64_t begin = window_ ? std::max<int64_t>(0, query - window_ + 1) : 0;
-      f(row, begin - block.key, query + 1 - block.key);
+      f(row, first_seen(query) - block.key, offset_ + query + 1 - block.key);
     }
   }
 
  private:
-  int64_t real_, group_, window_, queries_;
+  int64_t first_seen(int64_t query) const {
+    return window_ ? std::max<int64_t>(0, offset_ + query - window_ + 1) : 0;
+  }
+
+  int64_t real_, offset_, group_, window_, queries_;
   Tensor room_;
 };
 
@@ -216,35 +189,36 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window) {
     check_stack(name, x, 4);
     TORCH_CHECK(x.scalar_type() == q.scalar_type(), name, " must be ", q.scalar_type(), ", but is ", x.scalar_type());
   }
-  TORCH_CHECK(k.sizes() == v.sizes() && q.size(0) == k.size(0) && q.size(1) == k.size(1) && q.size(3) == k.size(3),
+  TORCH_CHECK(k.sizes() == v.sizes() && q.size(0) == k.size(0) && q.size(3) == k.size(3),
               "q, k and v do not fit: ", q.sizes(), ", ", k.sizes(), ", ", v.sizes());
   TORCH_CHECK(k.size(2) >= 1 && q.size(2) >= 1 && q.size(2) % k.size(2) == 0, "heads must be a multiple of kv_heads, but are ", q.size(2),
               " and ", k.size(2));
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
-                                     const std::optional<Tensor>& seqused, int64_t max_seqlen, double scale,
-                                     int64_t window) {
+                                     const std::optional<Tensor>& seqused, const std::optional<Tensor>& cu_seqlens_k,
+                                     int64_t max_seqlen, int64_t max_seqlen_k, double scale, int64_t window) {
   const WithoutAutocast guard;
   check(q, k, v, window);
   const bool pair = q.size(0) == 2;
   const int64_t rows = q.size(1), heads = q.size(2), group = heads / k.size(2);
-  const auto sequences = sequences_of(cu_seqlens, seqused, rows, max_seqlen);
+  const Cut cut{cu_seqlens, seqused, cu_seqlens_k, max_seqlen, max_seqlen_k};
+  const auto sequences = cut.sequences(rows, k.size(1));
   auto o = at::empty(q.sizes(), q.options());
   auto lse = at::empty({q.size(0), rows, heads}, q.options().dtype(compute_type(q)));
-  clear_rest(o, sequences);
-  clear_rest(lse, sequences);
+  clear_rest(o, sequences, &Sequence::queries);
+  clear_rest(lse, sequences, &Sequence::queries);
   AT_DISPATCH_FLOATING_TYPES(compute_type(q), "attention", [&] {
     auto* pl = lse.mutable_data_ptr<scalar_t>();
     for_each_kv_head(sequences, k.size(2), [&](const Sequence& sequence, int64_t kv_head) {
       const auto of_keys = [&](const Tensor& x, int64_t half) {
-        return tile(x, half, sequence.first, sequence.real, kv_head, 1);
+        return tile(x, half, sequence.keys.first, sequence.keys.real, kv_head, 1);
       };
       const auto all_k = of_keys(k, 0), all_v = of_keys(v, 0);
       const auto all_k_dot = pair ? of_keys(k, 1) : Tensor(), all_v_dot = pair ? of_keys(v, 1) : Tensor();
       const Blocks blocks(sequence, group, window, 2, compute_type(q));
       blocks.for_each([&](const Block& block) {
-        const int64_t first = sequence.first + block.query, head = kv_head * group;
+        const int64_t first = sequence.queries.first + block.query, head = kv_head * group;
         const auto seen = [&](const Tensor& x) { return x.narrow(0, block.key, block.keys); };
         const auto k0 = seen(all_k), v0 = seen(all_v), q0 = tile(q, 0, first, block.queries, head, group).mul(scale);
         auto p = blocks.matrix(0, block), p_dot = blocks.matrix(1, block);
@@ -276,7 +250,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, const Tensor& q, const Tensor& k,
                                                       const Tensor& v, const Tensor& /*o*/, const Tensor& lse_in,
                                                       const Tensor& cu_seqlens, const std::optional<Tensor>& seqused,
-                                                      int64_t max_seqlen, double scale, int64_t window) {
+                                                      const std::optional<Tensor>& cu_seqlens_k, int64_t max_seqlen,
+                                                      int64_t max_seqlen_k, double scale, int64_t window) {
   const WithoutAutocast guard;
   check(q, k, v, window);
   check_stack("do", d_o, 4);
@@ -284,27 +259,28 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, const T
   const bool full = n == 2;
   TORCH_CHECK(n <= q.size(0) && d_o.sizes().slice(1) == q.sizes().slice(1) && d_o.scalar_type() == q.scalar_type(),
               "do must be ", q.scalar_type(), " of the shape of q, but is ", d_o.scalar_type(), " ", d_o.sizes());
-  const auto sequences = sequences_of(cu_seqlens, seqused, rows, max_seqlen);
+  const Cut cut{cu_seqlens, seqused, cu_seqlens_k, max_seqlen, max_seqlen_k};
+  const auto sequences = cut.sequences(rows, k.size(1));
   const auto lse = lse_in.contiguous();
   check_saved("lse", lse, n, {rows, heads}, compute_type(q));
-  const auto empty = [&](const Tensor& x) { return at::empty({n, rows, x.size(2), x.size(3)}, x.options()); };
+  const auto empty = [&](const Tensor& x) { return at::empty({n, x.size(1), x.size(2), x.size(3)}, x.options()); };
   const auto dq = empty(q), dk = empty(k), dv = empty(v);
-  for (const auto& x : {dq, dk, dv}) {
-    clear_rest(x, sequences);
-  }
+  clear_rest(dq, sequences, &Sequence::queries);
+  clear_rest(dk, sequences, &Sequence::keys);
+  clear_rest(dv, sequences, &Sequence::keys);
   AT_DISPATCH_FLOATING_TYPES(compute_type(q), "attention_backward", [&] {
     const auto* pl = lse.const_data_ptr<scalar_t>();
     for_each_kv_head(sequences, k.size(2), [&](const Sequence& sequence, int64_t kv_head) {
       const auto of_keys = [&](const Tensor& x, int64_t half) {
-        return tile(x, half, sequence.first, sequence.real, kv_head, 1);
+        return tile(x, half, sequence.keys.first, sequence.keys.real, kv_head, 1);
       };
       const auto all_k = of_keys(k, 0), all_v = of_keys(v, 0);
       const auto all_k_dot = full ? of_keys(k, 1) : Tensor(), all_v_dot = full ? of_keys(v, 1) : Tensor();
       // Summed over the blocks, and over the group's heads as rows of a block: always in the same order.
-      const auto sums = at::zeros({2, n, sequence.real, q.size(3)}, all_k.options());
+      const auto sums = at::zeros({2, n, sequence.keys.real, q.size(3)}, all_k.options());
       const Blocks blocks(sequence, group, window, full ? 4 : 2, compute_type(q));
       blocks.for_each([&](const Block& block) {
-        const int64_t first = sequence.first + block.query, head = kv_head * group;
+        const int64_t first = sequence.queries.first + block.query, head = kv_head * group;
         const auto seen = [&](const Tensor& x) { return x.narrow(0, block.key, block.keys); };
         const auto of_queries = [&](const Tensor& x, int64_t half) {
           return tile(x, half, first, block.queries, head, group);
@@ -345,8 +321,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_o, const T
         }
       });
       for (int64_t half = 0; half < n; ++half) {
-        put(dk, half, sequence.first, sequence.real, kv_head, 1, sums.select(0, 0).select(0, half));
-        put(dv, half, sequence.first, sequence.real, kv_head, 1, sums.select(0, 1).select(0, half));
+        put(dk, half, sequence.keys.first, sequence.keys.real, kv_head, 1, sums.select(0, 0).select(0, half));
+        put(dv, half, sequence.keys.first, sequence.keys.real, kv_head, 1, sums.select(0, 1).select(0, half));
       }
     });
   });

@@ -25,10 +25,14 @@ Count = int | Tensor
 
 @dataclass(frozen=True)
 class Shared:
-    """Where sequences share rows: ``spread`` takes the row of each token, ``merged`` the first token of each row."""
+    """Where sequences share rows: ``spread`` takes the row of each token; ``cu_seqlens`` and ``max_seqlen`` of tokens.
+
+    A sequence owns the rows that no sequence before it has. They are its last tokens, and stand together.
+    """
 
     spread: RowIndex
-    merged: RowIndex
+    cu_seqlens: Tensor
+    max_seqlen: int
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,10 @@ class Rows:
     """A packed batch.
 
     ``input_ids, position_ids [rows]`` (a position is the token's column in the padded batch, as transformers
-    counts); ``cu_seqlens [B + 1]`` int32 and ``max_seqlen``, both of tokens; ``labelled``: takes the rows that predict
+    counts); ``cu_seqlens [B + 1]`` int32 and ``max_seqlen``, both of rows; ``labelled``: takes the rows that predict
     a scored token, ``labels [M]``: those tokens, ``label_sequence [M]``: their sequences. A token has a row of its
-    own, unless ``shared`` (see ``sap_fast/prefixes.py``). All of it is real, unless ``padding`` says what
-    is not.
+    own, unless ``shared``: then rows are counted for the sequence that owns them (see ``sap_fast/prefixes.py``). All of
+    it is real, unless ``padding`` says what is not.
     """
 
     input_ids: Tensor

@@ -57,14 +57,17 @@ def padded(rows: Rows, *, pairs: bool = False) -> Rows:
     def dead(real: int, of: int) -> Tensor:
         return torch.arange(of, device=device) >= real
 
-    last = rows.cu_seqlens[-1:].expand(sequences - rows.sequences)
-    shared = None
-    if rows.shared is not None:
-        shared = Shared(_taking(rows.shared.spread, tokens, count), _taking(rows.shared.merged, count, tokens))
+    def ended(cu_seqlens: Tensor) -> Tensor:
+        return torch.cat((cu_seqlens, cu_seqlens[-1:].expand(sequences - rows.sequences)))
+
+    shared = rows.shared
+    if shared is not None:
+        spread, longest = _taking(shared.spread, tokens, count), bucket(shared.max_seqlen, LENGTHS)
+        shared = Shared(spread, ended(shared.cu_seqlens), longest)
     return Rows(
         input_ids=_extended(rows.input_ids, count, 0),
         position_ids=_extended(rows.position_ids, count, 0),
-        cu_seqlens=torch.cat((rows.cu_seqlens, last)),
+        cu_seqlens=ended(rows.cu_seqlens),
         max_seqlen=bucket(rows.max_seqlen, LENGTHS),
         labelled=_taking(rows.labelled, labels, count),
         labels=_extended(rows.labels, labels, 0),

@@ -235,14 +235,11 @@ class Layer:
             k, k_dot = self.k_norm(k, k_dot)
         q, q_dot, k, k_dot = rotary(q, q_dot, k, k_dot, *run.rotary[self.rotary_type])
         rows, shared = run.rows, run.rows.shared
+        options: dict[str, Any] = {"max_seqlen": rows.max_seqlen, "scale": self.scale, "window": self.window}
         if shared is not None:
-            (q, q_dot), (k, k_dot), (v, v_dot) = take_rows([(q, q_dot), (k, k_dot), (v, v_dot)], shared.spread)
-        lengths, longest = rows.cu_seqlens, rows.max_seqlen
-        o, o_dot = self.attention(
-            q, q_dot, k, k_dot, v, v_dot, lengths, max_seqlen=longest, scale=self.scale, window=self.window
-        )
-        if shared is not None:
-            ((o, o_dot),) = take_rows([(o, o_dot)], shared.merged)
+            (k, k_dot), (v, v_dot) = take_rows([(k, k_dot), (v, v_dot)], shared.spread)
+            options |= {"cu_seqlens_k": shared.cu_seqlens, "max_seqlen_k": shared.max_seqlen}
+        o, o_dot = self.attention(q, q_dot, k, k_dot, v, v_dot, rows.cu_seqlens, **options)
         o, o_dot = o.flatten(1), None if o_dot is None else o_dot.flatten(1)
         ((m, m_dot),) = yield (o, o_dot), (self.o,)
         return m, m_dot

@@ -54,20 +54,31 @@ class _Unwritten(torch.autograd.Function):
 
 
 def windowed(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float, left: int, right: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scale: float,
+    left: int,
+    right: int,
 ) -> Tensor:
-    """Query i sees keys from i - left to i + right, -1 being all."""
-    ends = cu_seqlens.tolist()
-    assert max(b - a for a, b in pairwise(ends)) <= longest <= len(q)
-    q, k, v = (_Unwritten.apply(x, ends[-1], True) for x in (q, k, v))
+    """Of n queries and m keys, query i sees keys from i + m - n - left to i + m - n + right, -1 being all."""
+    ends, ends_k = (x.tolist() for x in cu_seqlens)
+    for x, most in ((ends, longest[0]), (ends_k, longest[1])):
+        assert max(b - a for a, b in pairwise(x)) <= most
+    # Else flash-attn takes every sequence to have one query.
+    assert longest[0] > 1
+    q = _Unwritten.apply(q, ends[-1], True)
+    k, v = (_Unwritten.apply(x, ends_k[-1], True) for x in (k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     found = []
-    for a, b in pairwise(ends):
-        distance = torch.arange(b - a)[:, None] - torch.arange(b - a)
-        hidden = (distance > (left if left >= 0 else b)) | (-distance > (right if right >= 0 else b))
-        scores = torch.einsum("qhd,khd->hqk", q[a:b].float(), k[a:b].float()) * scale
+    for (a, b), (c, d) in zip(pairwise(ends), pairwise(ends_k), strict=True):
+        distance = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)
+        hidden = (distance > (left if left >= 0 else d)) | (-distance > (right if right >= 0 else d))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b].float(), k[c:d].float()) * scale
         p = scores.masked_fill(hidden, -math.inf).softmax(-1)
-        found.append(torch.einsum("hqk,khd->qhd", p, v[a:b].float()).to(q.dtype))
+        found.append(torch.einsum("hqk,khd->qhd", p, v[c:d].float()).to(q.dtype))
     return _Unwritten.apply(torch.cat([*found, q[ends[-1] :]]), ends[-1], False)
 
 
@@ -86,9 +97,9 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
 ) -> Tensor:
     assert deterministic and not dropout_p and softmax_scale is not None
-    assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
     left, right = window_size
-    return windowed(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, left, 0 if causal else right)
+    lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    return windowed(q, k, v, *lengths, softmax_scale, left, 0 if causal else right)
 
 
 def varlen_attn(
@@ -104,9 +115,9 @@ def varlen_attn(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> Tensor:
-    assert scale is not None and cu_seq_q is cu_seq_k and max_q == max_k
+    assert scale is not None
     assert enable_gqa == (query.shape[1] != key.shape[1])
-    return windowed(query, key, value, cu_seq_q, max_q, scale, *window_size)
+    return windowed(query, key, value, (cu_seq_q, cu_seq_k), (max_q, max_k), scale, *window_size)
 
 
 ON_CPU: dict[str, Ordinary] = {
@@ -129,7 +140,7 @@ def served_by(op: OpCases, ordinary: Ordinary) -> OpCases:
     attend = Attention("sdpa", ordinary)
 
     def call(pairs: dict, c: dict) -> list:
-        lengths = {name: c[name] for name in ("max_seqlen", "scale", "window")}
+        lengths = {name: c[name] for name in ("max_seqlen", "scale", "window", "cu_seqlens_k", "max_seqlen_k")}
         return [attend(*pairs["q"], *pairs["k"], *pairs["v"], c["cu_seqlens"], **lengths)]
 
     return replace(op, call=call)
@@ -138,6 +149,7 @@ def served_by(op: OpCases, ordinary: Ordinary) -> OpCases:
 def test_cases_have_what_backends_differ_in() -> None:
     names = {case.name for _, case in PACKED}
     assert {"packed", "grouped-heads", "window", "rows-after-the-last", "max-seqlen-larger", "no-sequence"} <= names
+    assert {"queries-at-the-end", "queries-at-the-end-window", "keys-without-queries"} <= names
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -169,18 +181,20 @@ def test_a_backend_agrees_with_the_oracle(
 @pytest.mark.parametrize("backend", ["sdpa", "flash_attn, stand-in", "varlen_attn, stand-in"])
 def test_rows_of_no_sequence_are_zero(backend: str) -> None:
     """In o and in gradients, whatever lies in those rows; also where no sequence has a row."""
-    for lengths, rows in (([4, 0, 2], 9), ([0, 0], 3)):
+    for lengths, lengths_k in (([4, 0, 2], None), ([0, 0], None), ([2, 0, 2], [4, 3, 2])):
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-        used = sum(lengths)
-        q, k, v = (torch.randn(rows, h, 8) for h in (4, 2, 2))
-        for x in (q, k, v):
-            x[used:] = math.nan
+        keys, used = (), [sum(lengths), sum(lengths_k or lengths)]
+        if lengths_k is not None:
+            keys = torch.tensor([0, *lengths_k]).cumsum(0).int(), 5
+        q, k, v = (torch.randn(used[i] + 3, h, 8) for i, h in ((0, 4), (1, 2), (1, 2)))
+        for x, end in ((q, used[0]), (k, used[1]), (v, used[1])):
+            x[end:] = math.nan
             x.requires_grad_()
-        o = ON_CPU[backend](q, k, v, cu_seqlens, 5, 0.3, 3)
+        o = ON_CPU[backend](q, k, v, cu_seqlens, 5, 0.3, 3, *keys)
         dxs = torch.autograd.grad(o, (q, k, v), torch.randn_like(o))
-        for x in (o, *dxs):
-            assert x[used:].count_nonzero() == 0 and x[:used].isfinite().all()
-            assert not used or x[:used].count_nonzero() > 0
+        for x, end in zip((o, *dxs), (used[0], used[0], used[1], used[1]), strict=True):
+            assert x[end:].count_nonzero() == 0 and x[:end].isfinite().all()
+            assert not end or x[:end].count_nonzero() > 0
 
 
 def test_pairs_stay_with_the_library() -> None:
@@ -205,10 +219,19 @@ def test_sdpa_gives_the_same_bits_again() -> None:
 
 def test_a_trial_finds_what_is_wrong() -> None:
     def without_window(*args: Any) -> Tensor:
-        return own_attention(*args[:6], None)
+        return own_attention(*args[:6], None, *args[7:])
 
     def with_half_the_scale(*args: Any) -> Tensor:
-        return own_attention(*args[:5], 0.5 * args[5], args[6])
+        return own_attention(*args[:5], 0.5 * args[5], *args[6:])
+
+    def aligned_at_the_top(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *args: Any) -> Tensor:
+        """The first query sees the first key."""
+        cu_seqlens_k = args[3]
+        if cu_seqlens_k is None:
+            return own_attention(q, k, v, cu_seqlens, *args)
+        keys = [torch.arange(a, a + n) for a, n in zip(cu_seqlens_k.tolist(), cu_seqlens.diff().tolist(), strict=False)]
+        seen = torch.cat([*keys, torch.arange(len(k) - 2, len(k))])
+        return own_attention(q, k[seen], v[seen], cu_seqlens, *args[:3])
 
     def not_a_number(*args: Any) -> Tensor:
         return own_attention(*args) * math.nan
@@ -218,7 +241,7 @@ def test_a_trial_finds_what_is_wrong() -> None:
 
     for right in ON_CPU.values():
         assert problem_of(right, CPU, Heads(torch.bfloat16, 64)) is None
-    for wrong in (without_window, with_half_the_scale, not_a_number):
+    for wrong in (without_window, with_half_the_scale, aligned_at_the_top, not_a_number):
         assert problem_of(wrong, CPU, HEADS) == "it is wrong on a few rows"
     expected = "it failed on a few rows (RuntimeError: CUDA error: no kernel image is available)"
     assert problem_of(without_kernel, CPU, HEADS) == expected
@@ -327,26 +350,30 @@ def test_a_backend_on_a_gpu(backend: Backend, head_dim: int) -> None:
     """Right in bfloat16, the same bits again, zero in rows of no sequence, and without waiting for the device."""
     ordinary = usable(backend, Heads(torch.bfloat16, head_dim))
     rng = torch.Generator("cuda").manual_seed(0)
-    cu_seqlens = torch.tensor([0, 300, 300, 301, 557], dtype=torch.int32, device="cuda")
-    q, k, v, do = (
-        torch.randn(600, h, head_dim, generator=rng, device="cuda").bfloat16().requires_grad_() for h in (8, 2, 2, 8)
-    )
+    alike = [0, 300, 300, 301, 557]
+    longer = [0, 300, 385, 470, 726]  # keys before the queries, and keys without any
+    for ends_k, window in ((None, None), (None, 100), (longer, None), (longer, 100)):
+        cu_seqlens = torch.tensor(alike, dtype=torch.int32, device="cuda")
+        keys = (None, None) if ends_k is None else (torch.tensor(ends_k, dtype=torch.int32, device="cuda"), 300)
+        rows, rows_k = 600, 600 if ends_k is None else 800
+        shapes = (rows, 8), (rows_k, 2), (rows_k, 2), (rows, 8)
+        q, k, v, do = (torch.randn(*shape, head_dim, generator=rng, device="cuda").bfloat16() for shape in shapes)
+        used = [alike[-1], alike[-1], *[(ends_k or alike)[-1]] * 2]
 
-    def results(attend: Ordinary, window: int | None, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        o = attend(*leaves, cu_seqlens, 300, head_dim**-0.5, window)
-        return [o.detach(), *torch.autograd.grad(o, leaves, do.detach().to(dtype))]
+        def results(attend: Ordinary, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+            leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]  # noqa: B023
+            o = attend(*leaves, cu_seqlens, 300, head_dim**-0.5, window, *keys)  # noqa: B023
+            return [o.detach(), *torch.autograd.grad(o, leaves, do.to(dtype))]  # noqa: B023
 
-    for window in (None, 100):
-        truth, first = results(own_attention, window, torch.float64), results(ordinary, window)
+        truth, first = results(own_attention, torch.float64), results(ordinary)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            again = results(ordinary, window)
+            again = results(ordinary)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        for x, y, expected in zip(first, again, truth, strict=True):
+        for x, y, expected, end in zip(first, again, truth, used, strict=True):
             assert torch.equal(x, y)
-            assert x[557:].count_nonzero() == 0
+            assert x[end:].count_nonzero() == 0
             # Roundings to bfloat16, of 2^-9 each, of p, ds and the result, which average out over elements.
             assert (x.double() - expected).norm() <= 2**-6 * expected.norm()
 

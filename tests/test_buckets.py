@@ -45,7 +45,7 @@ def test_what_is_added_is_dead(shares: bool) -> None:
     assert (found.rows, found.tokens, len(found.labels), found.max_seqlen) == (128, 128, 64, 128)
     assert found.sequences == 8 and len(found.cu_seqlens) == 9
     assert found.cu_seqlens.dtype == torch.int32
-    assert found.cu_seqlens.tolist() == [*rows.cu_seqlens.tolist(), *4 * [rows.tokens]]
+    assert found.cu_seqlens.tolist() == [*rows.cu_seqlens.tolist(), *4 * [rows.rows]]
     assert found.padding is not None
     assert found.padding.tokens.tolist() == [i >= rows.tokens for i in range(128)]
     assert found.padding.labels.tolist() == [i >= rows.scored for i in range(64)]
@@ -57,14 +57,15 @@ def test_what_is_added_is_dead(shares: bool) -> None:
     assert torch.equal(found.label_rows[: rows.scored], rows.label_rows)
     if shares:
         assert found.shared is not None and rows.shared is not None
-        assert torch.equal(found.shared.merged.rows[: rows.rows], rows.shared.merged.rows)
+        assert found.shared.cu_seqlens.tolist() == [*rows.shared.cu_seqlens.tolist(), *4 * [rows.tokens]]
+        assert found.shared.max_seqlen == 128
 
 
 @pytest.mark.parametrize("shares", [False, True])
 def test_every_index_gives_back_to_whom_it_took_from(shares: bool) -> None:
     rows = packed(alike())
     found = padded(share_prefixes(rows) if shares else rows)
-    indices = [found.labelled] + ([] if found.shared is None else [found.shared.spread, found.shared.merged])
+    indices = [found.labelled] + ([] if found.shared is None else [found.shared.spread])
     for index in indices:
         assert index.offsets[0] == 0 and index.offsets[-1] == len(index.rows)
         for row, (begin, end) in enumerate(zip(index.offsets[:-1].tolist(), index.offsets[1:].tolist(), strict=True)):

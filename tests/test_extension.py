@@ -181,7 +181,31 @@ def test_attention_that_makes_no_sense_is_refused(window: int, heads: int, said:
     q, k = torch.randn(2, 5, heads, 4), torch.randn(2, 5, 1, 4)
     lengths = torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(RuntimeError, match=said):
-        torch.ops.sap_fast.attention(q, k, k, lengths, None, 5, 0.5, window)
+        torch.ops.sap_fast.attention(q, k, k, lengths, None, None, 5, 5, 0.5, window)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("queries", "keys", "rows_k", "longest_k", "said"),
+    [
+        ([0, 3, 5], [0, 4, 7], 6, 4, "cu_seqlens_k must not decrease nor exceed the 6 rows.* 1 is from 4 to 7"),
+        ([0, 3, 5], [0, 4, 7], 7, 3, "max_seqlen_k is 3, but sequence 0 has 4 rows"),
+        ([0, 3, 5], [0, 7], 7, 7, "cu_seqlens_k has 1 sequences, but cu_seqlens 2"),
+        ([0, 3, 5], [1, 4, 7], 7, 4, "cu_seqlens_k must begin with 0, but begins with 1"),
+        ([0, 3, 5], None, 7, 3, "k must have the 5 rows of q, but has 7"),
+    ],
+)
+def test_keys_that_are_not_there_are_refused(
+    queries: list[int], keys: list[int] | None, rows_k: int, longest_k: int, said: str
+) -> None:
+    q, k = torch.randn(2, 5, 2, 4), torch.randn(2, rows_k, 1, 4)
+    starts, starts_k = (None if x is None else torch.tensor(x, dtype=torch.int32) for x in (queries, keys))
+    raw = torch.ops.sap_fast
+    lengths = starts, None, starts_k, 3, longest_k, 0.5, 0
+    with pytest.raises(RuntimeError, match=said):
+        raw.attention(q, k, k, *lengths)
+    with pytest.raises(RuntimeError, match=said):
+        raw.attention_backward(q, q, k, k, q, q[..., 0], *lengths)
 
 
 @needs_extension

@@ -53,7 +53,7 @@ def sequences_of(rows: Rows) -> list[list[tuple[int, int]]]:
     """The ``(token, position)`` of every sequence, by way of the rows it has."""
     index = torch.arange(rows.tokens) if rows.shared is None else rows.shared.spread.rows
     pairs = list(zip(rows.input_ids[index].tolist(), rows.position_ids[index].tolist(), strict=True))
-    ends = rows.cu_seqlens.tolist()
+    ends = (rows if rows.shared is None else rows.shared).cu_seqlens.tolist()
     return [pairs[a:b] for a, b in pairwise(ends)]
 
 
@@ -77,12 +77,24 @@ def test_a_sequence_within_another_and_equal_ones_add_no_rows() -> None:
     assert rows.input_ids.tolist() == [5, 6, 7, 8, 9, 6, 7, 8]
     assert rows.shared is not None
     assert rows.shared.spread.rows.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 4, 5, 6, 7]
-    # Each row is taken back from its first token.
-    assert rows.shared.merged.rows.tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert rows.shared.cu_seqlens.tolist() == [0, 4, 8, 10, 14] and rows.shared.max_seqlen == 4
+    # Each row is owned by the first sequence that has it: four by the first, four by the last.
+    assert rows.cu_seqlens.tolist() == [0, 4, 4, 4, 8] and rows.max_seqlen == 4
     assert rows.label_rows.tolist() == [0, 1, 2, 0, 1, 2, 0, 4, 5, 6]
     # Row 0 predicts the second token of three sequences.
     begin, end = rows.labelled.offsets[:2].tolist()
     assert rows.labelled.takers[begin:end].tolist() == [0, 3, 6]
+
+
+def test_a_sequence_owns_its_last_tokens() -> None:
+    """The rows that stand for a sequence are, in order, those of its last tokens."""
+    rows = share_prefixes(packed(alike()))
+    assert rows.shared is not None
+    owned, tokens = rows.cu_seqlens.tolist(), rows.shared.cu_seqlens.tolist()
+    assert owned[-1] == rows.rows and tokens[-1] == rows.tokens
+    for (a, b), (_, end) in zip(pairwise(owned), pairwise(tokens), strict=True):
+        assert rows.shared.spread.rows[end - (b - a) : end].tolist() == list(range(a, b))
+    assert rows.max_seqlen == max(b - a for a, b in pairwise(owned)) < rows.shared.max_seqlen + 1
 
 
 def test_sequences_that_begin_in_other_columns_share_nothing() -> None:

@@ -71,9 +71,25 @@ def test_attention_counts_what_its_mask_leaves(window: int, used: list[int] | No
     seen = sum(1 for n in lengths for i in range(n) for j in range(i + 1) if not window or i - j < window)
     x = torch.randn(2, 9, heads, head_dim)
     named = {"q": x, "do": x[:1], "cu_seqlens": torch.tensor(ends), "window": window}
-    named["seqused"] = None if used is None else torch.tensor(used)
+    named |= {"seqused": None if used is None else torch.tensor(used), "cu_seqlens_k": None}
     assert _OWN["attention"](named) == 6 * 2 * seen * heads * head_dim
     assert _OWN["attention_backward"](named) == 5 * 2 * seen * heads * head_dim
+
+
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_attention_counts_what_queries_at_the_end_see(window: int) -> None:
+    queries, keys, heads, head_dim = [2, 0, 4], [5, 3, 4], 2, 4
+    seen = sum(
+        1
+        for n, n_k in zip(queries, keys, strict=True)
+        for i in range(n_k - n, n_k)
+        for j in range(i + 1)
+        if not window or i - j < window
+    )
+    x = torch.randn(2, 6, heads, head_dim)
+    named = {"q": x, "cu_seqlens": torch.tensor([0, 2, 2, 6]), "cu_seqlens_k": torch.tensor([0, 5, 8, 12])}
+    named |= {"seqused": None, "window": window}
+    assert _OWN["attention"](named) == 6 * 2 * seen * heads * head_dim
 
 
 def test_every_op_of_the_library_can_be_counted() -> None:

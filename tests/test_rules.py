@@ -219,7 +219,7 @@ def test_attention_against_formulas_by_hand() -> None:
 
     raw = torch.ops.sap_fast
     qkv = [torch.stack(pair)[:, :, None] for pair in ((Q, Q_dot), (K, K_dot), (V, V_dot))]
-    constants = torch.tensor([0, rows], dtype=torch.int32), None, rows, c, 0
+    constants = torch.tensor([0, rows], dtype=torch.int32), None, None, rows, rows, c, 0
     o, lse = raw.attention(*qkv, *constants)
     do = torch.stack((dO, dO_dot))[:, :, None]
     grads = raw.attention_backward(do, *qkv, o, lse, *constants)

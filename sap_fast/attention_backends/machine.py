@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from sap_fast.ops._library import architecture
 
 _CPU = torch.device("cpu")
 _IMPORTED: tuple[Backend, ...] = ("flash_attn", "varlen_attn")
+# What a backend is tried on: the queries of each sequence, and its keys.
+_Lengths = tuple[tuple[int, ...], tuple[int, ...]]
+_LENGTHS: tuple[_Lengths, ...] = (((5, 1), (5, 1)), ((3, 0, 1), (6, 2, 1)))
 
 
 def machine_of(device: torch.device, heads: Heads) -> Machine:
@@ -52,9 +56,15 @@ def problem_of(ordinary: Ordinary, device: torch.device, heads: Heads) -> str | 
         # attach may stand in a region without gradients.
         with torch.inference_mode(False), torch.enable_grad():
             # The truth on the CPU: cuBLAS has demands of its own on deterministic products.
-            pairs = zip(
-                _solved(ordinary, device, heads), _solved(own_attention, _CPU, heads, torch.float64), strict=True
-            )
+            pairs = [
+                pair
+                for lengths in _LENGTHS
+                for pair in zip(
+                    _solved(ordinary, device, heads, lengths),
+                    _solved(own_attention, _CPU, heads, lengths, torch.float64),
+                    strict=True,
+                )
+            ]
             # Some roundings to bfloat16, each of 2^-9 at the most; a wrong mask or scale is beyond. NaN is not within.
             right = all(bool((x - y).abs().max() <= 2**-5 * y.abs().max()) for x, y in pairs)
     except Exception as error:
@@ -62,23 +72,31 @@ def problem_of(ordinary: Ordinary, device: torch.device, heads: Heads) -> str | 
     return None if right else "it is wrong on a few rows"
 
 
-def _solved(ordinary: Ordinary, device: torch.device, heads: Heads, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """``o, dq, dk, dv`` in float64 on the CPU, of two sequences and two rows of none, with a window and a head group.
+def _solved(
+    ordinary: Ordinary, device: torch.device, heads: Heads, lengths: _Lengths, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """``o, dq, dk, dv`` in float64 on the CPU, of sequences and two rows of none, with a window and a head group.
 
     Args:
+        lengths: of the sequences: their queries, and their keys.
         dtype: to compute in, on the same numbers; that of ``heads`` if None.
     """
-    rows, cu_seqlens = 8, torch.tensor([0, 5, 6], dtype=torch.int32, device=device)
+    queries, keys = lengths
+    cu_seqlens, cu_seqlens_k = (
+        torch.tensor([*accumulate(n, initial=0)], dtype=torch.int32, device=device) for n in lengths
+    )
+    rows, rows_k = sum(queries) + 2, sum(keys) + 2
 
-    def made(phase: int, count: int) -> Tensor:
+    def made(phase: int, rows: int, count: int) -> Tensor:
         x = torch.arange(rows * count * heads.head_dim, dtype=torch.float64) + phase
         # Of a square, so that no row resembles another and no gradient cancels; and no generator is asked.
         x = (0.618 * x * x).sin().view(rows, count, heads.head_dim).to(heads.dtype)
         return x.to(device, dtype or heads.dtype)
 
-    q, k, v = (made(phase, n).requires_grad_() for phase, n in ((0, 2), (1, 1), (2, 1)))
-    o = ordinary(q, k, v, cu_seqlens, 5, heads.head_dim**-0.5, 3)
-    grads = torch.autograd.grad(o, (q, k, v), made(3, 2))
+    q, k, v = (made(phase, *n).requires_grad_() for phase, *n in ((0, rows, 2), (1, rows_k, 1), (2, rows_k, 1)))
+    of_keys = (None, None) if queries == keys else (cu_seqlens_k, max(keys))
+    o = ordinary(q, k, v, cu_seqlens, max(queries), heads.head_dim**-0.5, 3, *of_keys)
+    grads = torch.autograd.grad(o, (q, k, v), made(3, rows, 2))
     return [x.detach().to("cpu", torch.float64) for x in (o, *grads)]
 
 

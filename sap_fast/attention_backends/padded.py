@@ -1,7 +1,8 @@
 """Attention over packed rows by ``torch.nn.functional.scaled_dot_product_attention``, which wants equal lengths.
 
-Every sequence is padded on the right to ``max_seqlen``. Causal queries do not see what comes after them, so that
-padding needs no mask, and without a window PyTorch can take its flash kernels.
+Every sequence is padded on the right to ``max_seqlen``, its keys to ``max_seqlen_k``. Causal queries do not see what
+comes after them, so that padding needs no mask, and PyTorch can take its flash kernels: unless there is a window, or
+keys before the queries.
 """
 
 from typing import Any
@@ -15,31 +16,55 @@ from sap_fast.attention_backends.determinism import check_still_deterministic
 
 
 def padded_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """On rows ``[rows, heads, head_dim]``, with zeros in rows of no sequence, in gradients too."""
     check_still_deterministic("sdpa", q)
-    rows, sequences, device = q.shape[0], len(cu_seqlens) - 1, q.device
-    # All of it on the device, which is not waited for. A place is one of [sequences, max_seqlen], flattened.
-    t = torch.arange(max_seqlen, device=device)
-    starts = cu_seqlens[:-1].long()
-    empty = (t >= cu_seqlens.diff()[:, None]).flatten()
-    row_of_place = (starts[:, None] + t).flatten().masked_fill(empty, 0)
-    row = torch.arange(rows, device=device)
-    outside = row >= cu_seqlens[-1]
-    sequence = torch.bucketize(row, cu_seqlens[1:].long(), right=True).clamp_max(sequences - 1)
-    place_of_row = (sequence * max_seqlen + row - starts[sequence]).masked_fill(outside, 0)
-    there, back = (row_of_place, empty), (place_of_row, outside)
+    there, back = _moves(cu_seqlens, max_seqlen, q.shape[0])
+    there_k, back_k, longest_k, offset = there, back, max_seqlen, cu_seqlens.new_zeros(1)
+    if cu_seqlens_k is not None and max_seqlen_k is not None:
+        there_k, back_k = _moves(cu_seqlens_k, max_seqlen_k, k.shape[0])
+        longest_k, offset = max_seqlen_k, cu_seqlens_k.diff() - cu_seqlens.diff()
 
-    q, k, v = (_Move.apply(x, *there, *back).unflatten(0, (sequences, max_seqlen)).transpose(1, 2) for x in (q, k, v))
+    def padded(x: Tensor, moves: tuple[Tensor, ...], longest: int) -> Tensor:
+        return _Move.apply(x, *moves).unflatten(0, (-1, longest)).transpose(1, 2)
+
+    q = padded(q, (*there, *back), max_seqlen)
+    k, v = (padded(x, (*there_k, *back_k), longest_k) for x in (k, v))
     mask = None
-    if window is not None and window < max_seqlen:
-        distance = t[:, None] - t
-        mask = (distance >= 0) & (distance < window)
+    if cu_seqlens_k is not None or (window is not None and window < longest_k):
+        # Each query's own key, the last that it sees. Those of padding have the last: some key they must see.
+        own = (torch.arange(max_seqlen, device=q.device) + offset[:, None]).clamp_max(longest_k - 1)
+        distance = own[:, None, :, None] - torch.arange(longest_k, device=q.device)  # [B or 1, 1, T, T_k]
+        mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     o = F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return _Move.apply(o.transpose(1, 2).flatten(0, 1), *back, *there)
+
+
+def _moves(cu_seqlens: Tensor, longest: int, rows: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """From rows to places ``[sequences, longest]``, flattened, and back: of each the source, and which are empty.
+
+    All of it on the device, which is not waited for.
+    """
+    device, starts = cu_seqlens.device, cu_seqlens[:-1].long()
+    t = torch.arange(longest, device=device)
+    empty = (t >= cu_seqlens.diff()[:, None]).flatten()
+    row_of_place = (starts[:, None] + t).flatten().masked_fill(empty, 0)
+    row = torch.arange(rows, device=device)
+    outside = row >= cu_seqlens[-1]
+    sequence = torch.bucketize(row, cu_seqlens[1:].long(), right=True).clamp_max(len(starts) - 1)
+    place_of_row = (sequence * longest + row - starts[sequence]).masked_fill(outside, 0)
+    return (row_of_place, empty), (place_of_row, outside)
 
 
 class _Move(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -11,15 +12,24 @@ from sap_fast.attention_backends.packed import flash_attn, packed_attention, var
 from sap_fast.attention_backends.padded import padded_attention
 from sap_fast.ops import attention
 
-# (q, k, v, cu_seqlens, max_seqlen, scale, window) -> o
-Ordinary = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None], Tensor]
+# (q, k, v, cu_seqlens, max_seqlen, scale, window, cu_seqlens_k, max_seqlen_k) -> o
+Ordinary = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None, Tensor | None, int | None], Tensor]
 
 
 def own_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """The library's op, without tangents."""
-    o, _ = attention(q, None, k, None, v, None, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window)
+    keys: dict[str, Any] = {"cu_seqlens_k": cu_seqlens_k, "max_seqlen_k": max_seqlen_k}
+    o, _ = attention(q, None, k, None, v, None, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window, **keys)
     return o
 
 
@@ -61,12 +71,14 @@ class Attention:
         max_seqlen: int,
         scale: float,
         window: int | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_k: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As ``sap_fast.ops.attention``."""
         # Where there is nothing to attend to, others have no answer.
         nothing = not q.shape[0] or len(cu_seqlens) < 2 or not max_seqlen
         if q_dot is not None or nothing:
-            return attention(
-                q, q_dot, k, k_dot, v, v_dot, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window
-            )
-        return self.ordinary(q, k, v, cu_seqlens, max_seqlen, scale, window), None
+            options: dict[str, Any] = {"max_seqlen": max_seqlen, "scale": scale, "window": window}
+            options |= {"cu_seqlens_k": cu_seqlens_k, "max_seqlen_k": max_seqlen_k}
+            return attention(q, q_dot, k, k_dot, v, v_dot, cu_seqlens, **options)
+        return self.ordinary(q, k, v, cu_seqlens, max_seqlen, scale, window, cu_seqlens_k, max_seqlen_k), None

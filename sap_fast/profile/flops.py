@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from torch import Tensor
+
 Named = dict[str, Any]
 
 
@@ -73,14 +75,22 @@ def _lora_linear_backward_(named: Named) -> int:
 
 def _attended(named: Named) -> int:
     """How many scores the mask leaves, over all sequences."""
-    ends, used, window = named["cu_seqlens"].tolist(), named["seqused"], named["window"]
-    lengths = [end - start for start, end in pairwise(ends)] if used is None else used.tolist()
-    total = 0
-    for n in lengths:
-        seen = min(n, window) if window else n
-        # The first rows see all before them, each of the others `seen` keys.
-        total += seen * (seen + 1) // 2 + (n - seen) * seen
-    return total
+    used, window, ends_k = named["seqused"], named["window"], named["cu_seqlens_k"]
+    lengths = _lengths(named["cu_seqlens"]) if used is None else used.tolist()
+    lengths_k = lengths if ends_k is None else _lengths(ends_k)
+    # The queries that would stand before the first are those of as many keys.
+    return sum(_causal(n_k, window) - _causal(n_k - n, window) for n, n_k in zip(lengths, lengths_k, strict=True))
+
+
+def _lengths(ends: Tensor) -> list[int]:
+    return [end - start for start, end in pairwise(ends.tolist())]
+
+
+def _causal(n: int, window: int) -> int:
+    """How many scores the mask leaves of ``n`` rows by ``n``."""
+    seen = min(n, window) if window else n
+    # The first rows see all before them, each of the others `seen` keys.
+    return seen * (seen + 1) // 2 + (n - seen) * seen
 
 
 def _attention(products: int, of_pair: int, count: str) -> Callable[[Named], int]:

@@ -22,6 +22,20 @@ def bounds(cu_seqlens, seqused, rows):
 
 
 @triton.jit
+def bounds_of_keys(cu_seqlens_k, start, length, used, rows_k):
+    """As ``bounds``, of keys, which without ``cu_seqlens_k`` are those given, of queries; and the ``offset`` of keys.
+
+    The last query sees the last key: the last that query i sees is ``offset + i``.
+    """
+    offset = 0
+    if cu_seqlens_k is not None:
+        queries = used
+        start, length, used = bounds(cu_seqlens_k, None, rows_k)
+        offset = used - queries
+    return start, length, used, offset
+
+
+@triton.jit
 def load_tile(x, row, start, first, last, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Rows ``first`` up to ``first + ROWS`` of the sequence that begins in row ``start``; zero from row ``last`` on."""
     # Only the scalar is int64: offsets within a tile are small, and as a tensor they would take twice the registers.
@@ -72,7 +86,7 @@ def clear_rows(
 
 @triton.jit
 def seen(o_query, o_key, WINDOW: tl.constexpr):
-    """Which keys a query sees. Rows that are not real need no mask: a real query sees none after itself."""
+    """Which keys a query sees, by the place of its own. Rows that are not real need no mask: none comes before that."""
     m = o_query >= o_key
     if WINDOW:
         m = m & (o_query - o_key < WINDOW)

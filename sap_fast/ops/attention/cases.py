@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ def _case(
     kv_heads: int = 1,
     head_dim: int = 5,
     used: Sequence[int] | None = None,
+    keys: Sequence[int] | None = None,
     rows_after: int = 0,
     longer: int = 0,
     window: int | None = None,
@@ -29,36 +31,47 @@ def _case(
 
     Args:
         used: how many rows of each sequence are real; the rest is padding.
-        rows_after: rows after the last sequence, which belong to none.
-        longer: by how much ``max_seqlen`` exceeds the longest length.
+        keys: how many keys each sequence has, where that is not the number of its queries, which ``lengths`` then are.
+        rows_after: rows after the last sequence, which belong to none; of keys too.
+        longer: by how much ``max_seqlen``, and that of keys, exceeds the longest length.
     """
 
     def make(rng: torch.Generator) -> tuple[dict, dict]:
         def integers(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=rng.device)
 
-        rows = sum(lengths) + rows_after
+        def starts(lengths: Sequence[int]) -> Tensor:
+            return integers(list(itertools.accumulate(lengths, initial=0)))
+
+        rows_k = sum(lengths if keys is None else keys) + rows_after
         inputs = {
-            "q": normal(rng, 2, rows, heads, head_dim),
-            "k": normal(rng, 2, rows, kv_heads, head_dim),
-            "v": normal(rng, 2, rows, kv_heads, head_dim),
+            "q": normal(rng, 2, sum(lengths) + rows_after, heads, head_dim),
+            "k": normal(rng, 2, rows_k, kv_heads, head_dim),
+            "v": normal(rng, 2, rows_k, kv_heads, head_dim),
         }
         constants = {
-            "cu_seqlens": integers(list(itertools.accumulate(lengths, initial=0))),
+            "cu_seqlens": starts(lengths),
             "seqused": None if used is None else integers(used),
+            "cu_seqlens_k": None if keys is None else starts(keys),
             "max_seqlen": max(lengths, default=0) + longer,
+            "max_seqlen_k": None if keys is None else max(keys) + longer,
             "scale": head_dim**-0.5 if scale is None else scale,
             "window": window,
         }
         return inputs, constants
 
-    seen = sum(min(t + 1, window or t + 1) for length in lengths for t in range(length))
+    ends = zip(lengths, lengths if keys is None else keys, strict=True)
+    seen = sum(min(t + 1, window or t + 1) for n, n_k in ends for t in range(n_k - n, n_k))
     return Case(name, make, purpose, flops=2.0 * heads * head_dim * seen)
 
 
 def _primal(xs: dict[str, Tensor], c: dict) -> tuple[Tensor, ...]:
-    return primal(xs["q"], xs["k"], xs["v"], **{**c, "window": c["window"] or 0})[:1]
+    longest_k = c["max_seqlen"] if c["max_seqlen_k"] is None else c["max_seqlen_k"]
+    return primal(xs["q"], xs["k"], xs["v"], **{**c, "window": c["window"] or 0, "max_seqlen_k": longest_k})[:1]
 
+
+# Sequences that share the rows of a prefix, of which the first has the queries.
+_PREFIXED: dict[str, Any] = {"lengths": [85] + [45] * 11, "keys": [85] * 12}
 
 CASES = OpCases(
     name="attention",
@@ -83,10 +96,19 @@ CASES = OpCases(
         _case("max-seqlen-larger", [4, 2], longer=3),
         _case("max-seqlen-larger-no-rows", [0], longer=9),
         _case("peaked", [7], scale=8.0),
+        _case("queries-at-the-end", [2, 3, 1], keys=[5, 3, 4]),
+        _case("as-many-queries-as-keys", [4, 2], keys=[4, 2], rows_after=2),
+        _case("keys-without-queries", [2, 0, 3, 0], keys=[4, 3, 3, 0], longer=2),
+        _case("no-query-at-all", [0, 0], keys=[3, 2]),
+        _case("one-query-many-keys", [1], keys=[9], heads=6, kv_heads=2),
+        _case("queries-at-the-end-window", [3, 2, 0], keys=[8, 4, 2], window=3, rows_after=1),
         # Queries and keys of several tiles, of which no length is a multiple, with heads of one group in one program.
         _case("tiles-grouped-padded", [67, 40], used=[67, 5], head_dim=17, rows_after=70, purpose="tiles"),
         # A window that ends within a tile, so that whole tiles are skipped on either side of the band.
         _case("tiles-window", [101], heads=1, window=20, purpose="tiles"),
+        # Keys before the queries, as many as are no multiple of a tile: more than one, and a few.
+        _case("tiles-at-the-end", [40, 67, 0], keys=[77, 70, 35], head_dim=17, rows_after=70, purpose="tiles"),
+        _case("tiles-at-the-end-window", [70], keys=[123], heads=1, window=20, purpose="tiles"),
         *(_case(f"head-dim-{d}", [9, 6], kv_heads=2, head_dim=d, purpose="compile") for d in (64, 96, 128, 256, 32)),
         _case("head-dim-128-grouped", [9, 6], heads=8, kv_heads=2, head_dim=128, purpose="compile"),
         _case("head-dim-128-window", [9, 6], kv_heads=2, head_dim=128, window=4, purpose="compile"),
@@ -101,8 +123,21 @@ CASES = OpCases(
             window=4,
             purpose="compile",
         ),
+        _case("head-dim-128-at-the-end", [9, 6], keys=[12, 6], kv_heads=2, head_dim=128, purpose="compile"),
+        _case(
+            "head-dim-64-grouped-at-the-end-window",
+            [9, 6],
+            keys=[12, 6],
+            heads=9,
+            kv_heads=3,
+            head_dim=64,
+            window=4,
+            purpose="compile",
+        ),
         _case("smollm2-135m", [512, 300, 212], heads=9, kv_heads=3, head_dim=64, purpose="bench"),
         _case("llama-2-7b", [512, 300, 212], heads=32, kv_heads=32, head_dim=128, purpose="bench"),
+        _case("smollm2-135m-at-the-end", **_PREFIXED, heads=9, kv_heads=3, head_dim=64, purpose="bench"),
+        _case("llama-2-7b-at-the-end", **_PREFIXED, heads=32, kv_heads=32, head_dim=128, purpose="bench"),
     ],
     # Forward QK', PV and, of a pair, Q_dot K', Q K_dot', P V_dot, P_dot V. Backward dP, dV, dQ, dK;
     # of a pair each of these once for its tangent and, by the product rule, twice for its primal.

@@ -80,7 +80,9 @@ def forward(
     v: Tensor,
     cu_seqlens: Tensor,
     seqused: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     max_seqlen: int,
+    max_seqlen_k: int,
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:
@@ -95,7 +97,7 @@ def forward(
         _grid(chosen.blocks["BM"], rows, max_seqlen, heads, cu_seqlens),
         chosen,
         *(q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], o, lse),
-        *(cu_seqlens, seqused, rows, scale),
+        *(cu_seqlens, seqused, cu_seqlens_k, rows, _rows_of_keys(k, cu_seqlens_k), scale),
         PAIR=pair,
         WINDOW=window,
         HEADS=heads,
@@ -115,7 +117,9 @@ def backward(
     lse: Tensor,
     cu_seqlens: Tensor,
     seqused: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     max_seqlen: int,
+    max_seqlen_k: int,
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,11 +130,11 @@ def backward(
     kv_heads, full, block = k.shape[2], n == 2, power_of_2(d, 16)
     arch = str(architecture(q.device))
     dq = empty(q, n, rows, heads, d)
-    dk, dv = empty(k, n, rows, kv_heads, d), empty(v, n, rows, kv_heads, d)
+    dk, dv = empty(k, n, *k.shape[1:]), empty(v, n, *k.shape[1:])
     delta = empty(q, n, rows, heads, dtype=torch.float32)
     cotangent = (do, do.stride(0) if full else 0, *do.stride()[1:3])
     inputs = (*cotangent, q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3])
-    numbers = (cu_seqlens, seqused, rows, scale)
+    numbers = (cu_seqlens, seqused, cu_seqlens_k, rows, _rows_of_keys(k, cu_seqlens_k), scale)
     shape: dict[str, Any] = {"FULL": full, "HEADS": heads, "D": d, "BD": block}
     band: dict[str, Any] = {"WINDOW": window, "GROUP": heads // kv_heads}
 
@@ -143,10 +147,15 @@ def backward(
     launch(query_kernel, grid, chosen, *inputs, lse, delta, dq, *numbers, **shape, **band)
     for role in ("dk", "dv") if full else ("dkdv",):
         chosen = configuration(arch, role, full, block, q.dtype)
-        grid = _grid(chosen.blocks["BN"], rows, max_seqlen, kv_heads, cu_seqlens)
+        grid = _grid(chosen.blocks["BN"], k.shape[1], max_seqlen_k, kv_heads, cu_seqlens)
         outputs: dict[str, Any] = {"DK": "dk" in role, "DV": "dv" in role}
         launch(key_kernel, grid, chosen, *inputs, lse, delta, dk, dv, *numbers, **outputs, **shape, **band)
     return dq, dk, dv
+
+
+def _rows_of_keys(k: Tensor, cu_seqlens_k: Tensor | None) -> int | None:
+    """None where they are those of q: an argument less for the kernels, which are then compiled without it."""
+    return None if cu_seqlens_k is None else k.shape[1]
 
 
 def _grid(tile: int, rows: int, max_seqlen: int, heads: int, cu_seqlens: Tensor) -> tuple[int, int, int]:

@@ -33,8 +33,8 @@ def _call(pairs: dict[str, Pair], c: dict) -> list[Pair]:
     return take_rows([*pairs.values()], c["index"])
 
 
-_QKV_7B = [(32, 128), (32, 128), (32, 128)]
-_QKV_135M = [(9, 64), (3, 64), (3, 64)]
+_KV_7B = [(32, 128), (32, 128)]
+_KV_135M = [(3, 64), (3, 64)]
 
 CASES = OpCases(
     name="take_rows",
@@ -51,9 +51,9 @@ CASES = OpCases(
         _case("shared-prefix", *_shared(3, 5, 2), [(3, 4), (1, 4), (1, 4)]),
         _case("more-than-a-launch", 4, [1, 1, 3, 0], [(5,), (2, 3), (1,), (7,)]),
         _case("wide", 3, [2, 0, 2], [(9, 130), (17,)], purpose="tiles"),
-        _case("llama-2-7b", *_shared(3, 4, 2), _QKV_7B, purpose="compile"),
-        _case("smollm2-135m", *_shared(3, 4, 2), _QKV_135M, purpose="compile"),
-        _case("smollm2-135m", *_shared(12, 85, 40), _QKV_135M, purpose="bench"),
-        _case("llama-2-7b", *_shared(12, 85, 40), _QKV_7B, purpose="bench"),
+        _case("llama-2-7b", *_shared(3, 4, 2), _KV_7B, purpose="compile"),
+        _case("smollm2-135m", *_shared(3, 4, 2), _KV_135M, purpose="compile"),
+        _case("smollm2-135m", *_shared(12, 85, 40), _KV_135M, purpose="bench"),
+        _case("llama-2-7b", *_shared(12, 85, 40), _KV_7B, purpose="bench"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Taking rows in Triton: both halves of up to three tensors in one launch, so that q, k and v are one."""
+"""Taking rows in Triton: both halves of up to three tensors in one launch, so that k and v are one."""
 
 from collections.abc import Sequence
 

@@ -166,6 +166,22 @@ def _wide_channels(x: Tensor, rotary_dim: int) -> tuple[Tensor, Tensor]:
     return x[..., :rotary_dim].to(compute_dtype(x)), x[..., rotary_dim:]
 
 
+# Rows taken by an index: linear, too
+
+
+def take_rows(xs: list[Tensor], rows: Tensor) -> list[Tensor]:
+    return [x.index_select(1, rows) for x in xs]
+
+
+def take_rows_backward(dys: list[Tensor], offsets: Tensor, takers: Tensor) -> list[Tensor]:
+    """Each row's cotangent is the sum over its takers."""
+    places = torch.arange(len(takers), device=takers.device)
+    row = torch.searchsorted(offsets, places, right=True) - 1
+    zeros = [dy.new_zeros((len(dy), len(offsets) - 1, *dy.shape[2:]), dtype=compute_dtype(dy)) for dy in dys]
+    sums = [dx.index_add(1, row, dy[:, takers].to(dx.dtype)) for dx, dy in zip(zeros, dys, strict=True)]
+    return [dx.to(dy.dtype) for dx, dy in zip(sums, dys, strict=True)]
+
+
 # Attention, dense: every sequence is padded to the longest, and all T x T scores exist at once
 
 

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.contenders import PASSES, Contender, Recorder, check, contender
 from benchmarks.peers import PEERS
 from sap_fast.ops._cases import Case, OpCases, Problem, derive, every_op, normal, pose
+from sap_fast.ops.take_rows import RowIndex
 
 # The truth of attention is derived for this many tokens at a time: its T x T matrices are float64.
 _TOKENS_AT_ONCE = 2048
@@ -139,6 +140,11 @@ def draw(subject: Subject, rng: torch.Generator) -> tuple[dict[str, Tensor], dic
         case "attention":
             inputs = {"q": stack(w.heads, w.head_dim)} | {name: stack(w.kv_heads, w.head_dim) for name in "kv"}
             return inputs, _packed(rows, subject.length, w.head_dim, device)
+        case "take_rows":
+            # Keys and values of sequences whose common prefix is a third of what they have.
+            taken = torch.arange(rows + rows // 2, device=device) % rows
+            inputs = {name: stack(w.kv_heads, w.head_dim) for name in ("x0", "x1")}
+            return inputs, {"index": RowIndex.of(taken, rows)}
         case "linear_cross_entropy":
             weight = normal(rng, w.vocab, w.hidden)
             targets = torch.randint(w.vocab, (rows,), generator=rng, device=device)
@@ -172,7 +178,8 @@ def _shapes(name: str) -> Callable[..., Any]:
 
     def rule(*args: Any) -> Any:
         outputs = getattr(torch.ops.sap_fast, name)(*tree_map_only(Tensor, lambda x: x.to("meta"), args))
-        return tree_map_only(Tensor, lambda y: torch.empty_like(y, device=args[0].device), outputs)
+        device = next(x.device for x in tree_leaves(args) if isinstance(x, Tensor))
+        return tree_map_only(Tensor, lambda y: torch.empty_like(y, device=device), outputs)
 
     return rule
 

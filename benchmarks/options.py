@@ -159,9 +159,9 @@ class Observed(SAP):
         self.direction = u
         return super()._inner_and_outer(task, probe, u)
 
-    def _climb(self, gradients: Gradients) -> Probe:
+    def _climb(self, gradients: Gradients, probe: Probe) -> Probe:
         self.gradient = gradients.probe_dot
-        return super()._climb(gradients)
+        return super()._climb(gradients, probe)
 
 
 def train(model: nn.Module, given: Given, steps: int) -> None:

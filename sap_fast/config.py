@@ -122,6 +122,8 @@ class SAPConfig:
 
     def _check_savings(self) -> None:
         """Refuse what cannot save anything, or would change the method without saying so."""
+        if not isinstance(self.share_prefixes, bool):
+            raise ValueError(f"share_prefixes must be True or False, but is {self.share_prefixes!r}")
         for name in ("probe_every", "direction_every", "pairs_per_step"):
             value = getattr(self, name)
             if value is None and name == "pairs_per_step":

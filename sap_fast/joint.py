@@ -18,7 +18,7 @@ from sap_fast.batch import Count
 from sap_fast.decoder import Decoder
 from sap_fast.direction import Direction, SafetyPass
 from sap_fast.flat import Flat
-from sap_fast.passes import DualPass, Gradients, Micro, completed, dual, mean, sides, tokens_scored
+from sap_fast.passes import DualPass, Gradients, Micro, Parts, completed, dual, mean, sides, tokens_scored
 from sap_fast.probe import Probe
 
 
@@ -50,7 +50,7 @@ def dual_with_pairs(
 
 
 def divided_with_pairs(
-    decoder: Decoder, parts: Sequence[tuple[Micro, Micro]], probe: Probe, u: Flat, safety: SafetyPass
+    decoder: Decoder, parts: Parts, probe: Probe, u: Flat, safety: SafetyPass
 ) -> tuple[Gradients, Direction]:
     """What :func:`sap_fast.passes.divided` yields, and the direction that the pairs give."""
     chosen, others, scored = sides(parts)

@@ -13,7 +13,7 @@ from sap_fast.batch import Rows
 from sap_fast.buckets import padded
 from sap_fast.direction import Direction
 from sap_fast.flat import Flat
-from sap_fast.passes import Gradients, Micro
+from sap_fast.passes import Gradients, Micro, Parts
 from sap_fast.probe import Probe
 from sap_fast.report import StepReport
 from sap_fast.rhythm import Rhythm
@@ -33,7 +33,7 @@ class Task:
     """A step's task batch: all of it, and, if only some of its sequences carry tangents, those and the others."""
 
     micros: list[Micro]
-    parts: list[tuple[Micro, Micro]] | None = None
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Given:
             return replace(x, rows=padded(x.rows))
 
         task, pairs = self.task, self.pairs
-        parts = None if task.parts is None else [(micro(some), micro(others)) for some, others in task.parts]
+        parts: Parts | None = None
+        if task.parts is not None:
+            parts = [(micro(some), None if others is None else micro(others)) for some, others in task.parts]
         task = Task([micro(x) for x in task.micros], parts)
         return replace(self, task=task, pairs=None if pairs is None else padded(pairs, pairs=True))
 

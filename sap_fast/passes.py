@@ -32,6 +32,10 @@ class Micro:
     weight: float = 1.0
 
 
+# Of each micro-batch: sequences with tangents, and the others, if there are.
+Parts = list[tuple[Micro, Micro | None]]
+
+
 @dataclass(frozen=True)
 class Gradients:
     """What the passes of a step yield; a field is empty where a pass does not compute it.
@@ -131,22 +135,22 @@ def dual(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, *, sc
     return _sum(map(share, micros))
 
 
-def divided(decoder: Decoder, parts: Sequence[tuple[Micro, Micro]], probe: Probe, u: Flat) -> Gradients:
+def divided(decoder: Decoder, parts: Parts, probe: Probe, u: Flat) -> Gradients:
     """What :func:`dual` yields, with tangents for some sequences only.
 
     The loss and grad_theta L are those of all sequences. ``probe_dot`` and ``probe`` are estimates, unbiased where
     the sequences with tangents are a random draw.
 
     Args:
-        parts: of each micro-batch the sequences with tangents, which carry the weight, and the others.
+        parts: of each micro-batch the sequences with tangents, which carry the weight, and the others, if there are.
     """
     chosen, others, scored = sides(parts)
     return completed(decoder, dual(decoder, chosen, probe, u, scored=scored), others, probe, u, scored=scored)
 
 
-def sides(parts: Sequence[tuple[Micro, Micro]]) -> tuple[list[Micro], list[Micro], Count]:
+def sides(parts: Parts) -> tuple[list[Micro], list[Micro], Count]:
     """Those with tangents, the others, and the scored tokens of all."""
-    chosen, others = (list(side) for side in zip(*parts, strict=True))
+    chosen, others = [some for some, _ in parts], [rest for _, rest in parts if rest is not None]
     return chosen, others, tokens_scored(chosen) + tokens_scored(others)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sap_fast.batch import Rows, drawn
 from sap_fast.packing import Packer
-from sap_fast.passes import Micro
+from sap_fast.passes import Micro, Parts
 
 Batch = Mapping[str, Tensor]
 
@@ -36,7 +36,7 @@ def some_tangents(
     fraction: float,
     packer: Packer,
     draw_seed: Callable[[], Tensor | None],
-) -> list[tuple[Micro, Micro]] | None:
+) -> Parts | None:
     """Each micro-batch in two parts: sequences that carry tangents, and the others; None if all would.
 
     Args:
@@ -45,16 +45,17 @@ def some_tangents(
         packer: packs what is drawn.
         draw_seed: draws the seed of a part's dropout masks.
     """
-    parts = []
+    parts: Parts = []
     for batch, micro in zip(batches, micros, strict=True):
         count = micro.rows.sequences
         wanted = max(1, round(fraction * count))
         if wanted == count:
-            return None
+            parts.append((micro, None))
+            continue
         order = torch.randperm(count)
         chosen, others = (
             Micro(packer.task(drawn(batch, some.sort().values.tolist()), may_lack_labels=True), draw_seed(), weight)
             for some, weight in ((order[:wanted], count / wanted), (order[wanted:], 1.0))
         )
         parts.append((chosen, others))
-    return parts
+    return parts if any(others for _, others in parts) else None

@@ -160,19 +160,32 @@ def test_tensors_that_do_not_fit_are_refused(op: OpCases) -> None:
         run(op, problem)
     assert len(recorder.calls) == 2
     for function, args, _ in recorder.calls:
+        if function is torch.ops.sap_fast.take_rows.default:
+            continue  # which takes any rows of any tensor: see below
         for i, (argument, given) in enumerate(zip(function._schema.arguments, args, strict=True)):
             listed = isinstance(given, list) and given and isinstance(given[0], Tensor)
             x = given[0] if listed else given
             # The seed is a number; attention's o is what only GPUs need of it.
             if not isinstance(x, Tensor) or argument.name in ("seed", "o"):
                 continue
-            # Rotation leaves channels beyond those of cos and sin alone, however many there are; a basis may have any
-            # width.
-            dim = 1 if (op.name == "rotary" and x.dim() == 4) or argument.name == "basis" else -1
+            # Rotation leaves channels beyond those of cos and sin alone, however many there are; a basis, and what rows
+            # are taken of, may have any width.
+            any_width = argument.name == "basis" or op.name == "take_rows"
+            dim = 1 if (x.dim() > 1 and any_width) or (op.name == "rotary" and x.dim() == 4) else -1
             wrong = torch.cat((x, x.narrow(dim, 0, 1)), dim)
             with pytest.raises(RuntimeError):
                 function(*args[:i], [wrong, *given[1:]] if listed else wrong, *args[i + 1 :])
                 pytest.fail(f"{function} took {argument.name} {list(wrong.shape)}")
+
+
+@needs_extension
+@pytest.mark.parametrize("row", [-1, 3, 2**40])
+def test_rows_that_are_not_there_are_not_taken(row: int) -> None:
+    x, rows = torch.randn(2, 3, 4), torch.tensor([0, row])
+    with pytest.raises(IndexError, match=f"place 1 takes row {row} of 3"):
+        torch.ops.sap_fast.take_rows([x], rows)
+    with pytest.raises(IndexError, match=f"taker 1 is {row}, but there are 2 places"):
+        torch.ops.sap_fast.take_rows_backward([x[:, :2]], torch.tensor([0, 2, 2, 2]), rows)
 
 
 @needs_extension

@@ -89,8 +89,10 @@ class SAPTrainer(Trainer):
             raise ValueError("args is missing: pass transformers.TrainingArguments(output_dir=...)")
         check_arguments(args, model)
         self.sap_config = sap or SAPConfig()
+        # Refuse now what a step would refuse; what asks for a device, once the Trainer has moved the model there.
+        anywhere = self.sap_config.replace(attention="auto", float8=False, graph=False)
         with _unpatched(model):
-            attach(model, self.sap_config).detach()  # refuse now what a step would refuse
+            attach(model, anywhere).detach()
 
         read = _Reader(processing_class, max_length)
         self.task_data = read.tasks(train_dataset, "train_dataset")
@@ -106,6 +108,8 @@ class SAPTrainer(Trainer):
             processing_class=processing_class,
             **more,
         )
+        with _unpatched(model):
+            attach(model, self.sap_config).detach()
         self._collate_pairs = Collator.of(processing_class) if processing_class is not None else Collator(0)
         self._safety_batch_size = min(safety_batch_size, len(self.safety_data))
         self._sap: SAP | None = None
@@ -156,6 +160,8 @@ class SAPTrainer(Trainer):
         pairs = self._prepare_inputs(self._collate_pairs(next(self._pairs)))
         with _unpatched(model):
             report = self._sap.step(micros, pairs)
+            # The optimizer comes next: with check="deferred", too, it must not be given what is not finite.
+            self._sap._settle()
         self._reports.append(report)
         return report.loss
 

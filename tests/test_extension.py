@@ -92,6 +92,23 @@ def test_threads_change_no_bit(op: OpCases, dtype: torch.dtype, many_rows: Probl
 
 
 @needs_extension
+def test_threads_change_no_bit_of_keys_before_the_queries() -> None:
+    """Sequences of a prefix, of which the first has the queries: more of them than threads, in several blocks."""
+    (op,) = (op for op in every_op() if op.name == "attention")
+    (case,) = (case for case in op.cases if case.name == "smollm2-135m-at-the-end")
+    problem = pose(op, case, torch.Generator().manual_seed(0), torch.float32)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run(op, problem))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in other)
+
+
+@needs_extension
 def test_the_tail_of_a_vocabulary_counts() -> None:
     """A confident token's loss is the sum of very many very small terms beside a 1, in several chunks of rows."""
     vocab, rows = 2**18 + 7, 70

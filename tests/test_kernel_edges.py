@@ -100,6 +100,26 @@ def test_wide_heads_are_refused_by_name() -> None:
         attention(q, None, q, None, q, None, lengths, max_seqlen=3, scale=1.0)
 
 
+# That 0 / 0 is NaN is what is looked for; NumPy, which interprets, remarks on it.
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
+def test_a_query_without_a_key_is_nan_and_disturbs_no_other_sequence() -> None:
+    """What a CPU refuses, and a GPU is not waited for to find."""
+    q, k = (torch.randn(rows, 1, 16, device=DEVICE) for rows in (6, 7))
+    cu_seqlens, cu_seqlens_k = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 3, 6], [0, 2, 7]))
+    leaves = [x.requires_grad_() for x in (q, k, k.clone())]
+    o, _ = attention(
+        *(half for x in leaves for half in (x, None)),
+        cu_seqlens,
+        max_seqlen=3,
+        scale=1.0,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_k=5,
+    )
+    assert o[0].isnan().all() and o[1:].isfinite().all()
+    dq, dk, dv = torch.autograd.grad(o, leaves, torch.ones_like(o))
+    assert dq[3:].isfinite().all() and dk[2:].isfinite().all() and dv[2:].isfinite().all()
+
+
 def test_cross_entropy_of_a_head_in_another_dtype() -> None:
     """Neither is rounded to the other's."""
     x, weight = torch.randn(2, 5, 8, device=DEVICE), torch.randn(11, 8, device=DEVICE)

@@ -22,17 +22,22 @@ def bounds(cu_seqlens, seqused, rows):
 
 
 @triton.jit
-def bounds_of_keys(cu_seqlens_k, start, length, used, rows_k):
-    """As ``bounds``, of keys, which without ``cu_seqlens_k`` are those given, of queries; and the ``offset`` of keys.
+def places(cu_seqlens, seqused, cu_seqlens_k, rows, rows_k):
+    """Of this program's sequence, where its queries and its keys lie.
 
-    The last query sees the last key: the last that query i sees is ``offset + i``.
+    Both are counted in places, those of the keys: a query has the place of the last key that it sees, so the real ones
+    of both end together. Returns the rows of place 0 (int64) and the number of places of queries, the same of keys, how
+    many places are real, and the first with a query.
     """
-    offset = 0
+    start, length, used = bounds(cu_seqlens, seqused, rows)
+    start_k, length_k, first = start, length, 0
     if cu_seqlens_k is not None:
         queries = used
-        start, length, used = bounds(cu_seqlens_k, None, rows_k)
-        offset = used - queries
-    return start, length, used, offset
+        start_k, length_k, used = bounds(cu_seqlens_k, None, rows_k)
+        first = used - queries
+        start -= first
+        length += first
+    return start, length, start_k, length_k, used, first
 
 
 @triton.jit
@@ -86,7 +91,7 @@ def clear_rows(
 
 @triton.jit
 def seen(o_query, o_key, WINDOW: tl.constexpr):
-    """Which keys a query sees, by the place of its own. Rows that are not real need no mask: none comes before that."""
+    """Which keys a query sees. Rows that are not real need no mask: a real query sees none after itself."""
     m = o_query >= o_key
     if WINDOW:
         m = m & (o_query - o_key < WINDOW)

@@ -12,12 +12,11 @@ import triton.language as tl
 
 from sap_fast.ops.attention._tiles import (
     add_product,
-    bounds,
-    bounds_of_keys,
     clear_rows,
     load_statistic,
     load_tile,
     outer,
+    places,
     seen,
     store_statistic,
     store_tile,
@@ -107,8 +106,8 @@ def query_kernel(
     # Late queries see the most keys: they start first.
     i_q = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     i_head = tl.program_id(1)
-    start, length, used = bounds(cu_seqlens, seqused, rows)
-    start_k, _, used_k, offset = bounds_of_keys(cu_seqlens_k, start, length, used, rows_k)
+    start, length, start_k, _, used, first = places(cu_seqlens, seqused, cu_seqlens_k, rows, rows_k)
+    i_q += first
     half = rows.to(tl.int64) * HEADS
     if i_q >= used:
         step = tl.num_programs(0) * BM
@@ -142,18 +141,18 @@ def query_kernel(
 
     begin = 0
     if WINDOW:
-        begin = tl.maximum(offset + i_q - WINDOW + 1, 0) // BN * BN
-    for i_k in range(begin, tl.minimum(offset + i_q + BM, used_k), BN):
+        begin = tl.maximum(i_q - WINDOW + 1, 0) // BN * BN
+    for i_k in range(begin, tl.minimum(i_q + BM, used), BN):
         # [BN, BD]
-        b_k = load_tile(k, k_row, start_k, i_k, used_k, BN, D, BD)
-        b_v = load_tile(v, v_row, start_k, i_k, used_k, BN, D, BD)
+        b_k = load_tile(k, k_row, start_k, i_k, used, BN, D, BD)
+        b_v = load_tile(v, v_row, start_k, i_k, used, BN, D, BD)
         # [BM, BN]
-        m = seen(offset + o_q[:, None], (i_k + tl.arange(0, BN))[None, :], WINDOW)
+        m = seen(o_q[:, None], (i_k + tl.arange(0, BN))[None, :], WINDOW)
         b_s = tl.where(m, scale * outer(b_q, b_k), float("-inf"))
         b_p = tl.exp(b_s - b_lse[:, None])
         if FULL:
-            b_k_dot = load_tile(k + k_half, k_row, start_k, i_k, used_k, BN, D, BD)
-            b_v_dot = load_tile(v + v_half, v_row, start_k, i_k, used_k, BN, D, BD)
+            b_k_dot = load_tile(k + k_half, k_row, start_k, i_k, used, BN, D, BD)
+            b_v_dot = load_tile(v + v_half, v_row, start_k, i_k, used, BN, D, BD)
             b_rate = scale * outer(b_q_dot, b_k, outer(b_q, b_k_dot)) - b_mu[:, None]
         b_centred = outer(b_do_dot, b_v) - b_delta_dot[:, None]
         b_ds_dot = b_p * b_centred
@@ -223,14 +222,13 @@ def key_kernel(
     Tiles of scores lie transposed, keys down: then p and ds are, as they come, left operands of the products.
     """
     i_k, i_kv = tl.program_id(0) * BN, tl.program_id(1)
-    start, length, used = bounds(cu_seqlens, seqused, rows)
-    start_k, length_k, used_k, offset = bounds_of_keys(cu_seqlens_k, start, length, used, rows_k)
+    start, _, start_k, length_k, used, first = places(cu_seqlens, seqused, cu_seqlens_k, rows, rows_k)
     KV: tl.constexpr = HEADS // GROUP
     half = rows.to(tl.int64)
     half_k = half if cu_seqlens_k is None else rows_k.to(tl.int64)
     # In full mode delta_dot is the second half of a pair, in half mode the only one.
     delta_dot = delta + half * HEADS if FULL else delta
-    if i_k >= used_k:
+    if i_k >= used:
         step = tl.num_programs(0) * BN
         if DK:
             clear_rows(dk, i_kv, start_k, i_k, length_k, step, KV, BN, D, BD)
@@ -245,14 +243,14 @@ def key_kernel(
     k += i_kv.to(tl.int64) * k_head
     v += i_kv.to(tl.int64) * v_head
     # [BN, BD]
-    b_k = load_tile(k, k_row, start_k, i_k, used_k, BN, D, BD)
+    b_k = load_tile(k, k_row, start_k, i_k, used, BN, D, BD)
     if FULL:
-        b_k_dot = load_tile(k + k_half, k_row, start_k, i_k, used_k, BN, D, BD)
+        b_k_dot = load_tile(k + k_half, k_row, start_k, i_k, used, BN, D, BD)
     if DK:
-        b_v = load_tile(v, v_row, start_k, i_k, used_k, BN, D, BD)
+        b_v = load_tile(v, v_row, start_k, i_k, used, BN, D, BD)
         b_dk_dot = tl.zeros([BN, BD], tl.float32)
         if FULL:
-            b_v_dot = load_tile(v + v_half, v_row, start_k, i_k, used_k, BN, D, BD)
+            b_v_dot = load_tile(v + v_half, v_row, start_k, i_k, used, BN, D, BD)
             b_dk = tl.zeros([BN, BD], tl.float32)
     if DV:
         b_dv_dot = tl.zeros([BN, BD], tl.float32)
@@ -263,10 +261,10 @@ def key_kernel(
     # Queries from `begin` up to `end` see a key of this tile.
     begin = i_k
     if cu_seqlens_k is not None:
-        begin = tl.maximum(i_k - offset, 0)
+        begin = tl.maximum(i_k, first)
     end = used
     if WINDOW:
-        end = tl.minimum(used, i_k - offset + BN + WINDOW - 1)
+        end = tl.minimum(used, i_k + BN + WINDOW - 1)
     n = tl.cdiv(end - begin, BM)
     for i in range(0, GROUP * n):
         i_head = i_kv * GROUP + i // n
@@ -278,7 +276,7 @@ def key_kernel(
         b_do_dot = load_tile(p_do + do_half, do_row, start, i_q, used, BM, D, BD)
         b_lse = load_statistic(lse, i_head, start, i_q, used, HEADS, BM)
         # [BN, BM]
-        m = seen((offset + i_q + tl.arange(0, BM))[None, :], o_k[:, None], WINDOW)
+        m = seen((i_q + tl.arange(0, BM))[None, :], o_k[:, None], WINDOW)
         b_s = tl.where(m, scale * outer(b_k, b_q), float("-inf"))
         b_p = tl.exp(b_s - b_lse[None, :])
         if FULL:
@@ -302,7 +300,7 @@ def key_kernel(
                 b_dk = add_product(add_product(b_dk, b_ds, b_q), b_ds_dot, b_q_dot)
 
     # [BN, 1]; padding within the tile becomes zero
-    m_k = (o_k < used_k)[:, None]
+    m_k = (o_k < used)[:, None]
     if DK:
         b_dk_dot = tl.where(m_k, scale * b_dk_dot, 0.0)
         if FULL:

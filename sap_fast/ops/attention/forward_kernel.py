@@ -5,11 +5,10 @@ import triton.language as tl
 
 from sap_fast.ops.attention._tiles import (
     add_product,
-    bounds,
-    bounds_of_keys,
     clear_rows,
     load_tile,
     outer,
+    places,
     seen,
     store_statistic,
     store_tile,
@@ -55,8 +54,8 @@ def forward_kernel(
     # Late queries see the most keys: they start first.
     i_q = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     i_head = tl.program_id(1)
-    start, length, used = bounds(cu_seqlens, seqused, rows)
-    start_k, _, used_k, offset = bounds_of_keys(cu_seqlens_k, start, length, used, rows_k)
+    start, length, start_k, _, used, first = places(cu_seqlens, seqused, cu_seqlens_k, rows, rows_k)
+    i_q += first
     half = rows.to(tl.int64) * HEADS
     # [BM]
     o_q = i_q + tl.arange(0, BM)
@@ -85,13 +84,13 @@ def forward_kernel(
 
     begin = 0
     if WINDOW:
-        begin = tl.maximum(offset + i_q - WINDOW + 1, 0) // BN * BN
-    for i_k in range(begin, tl.minimum(offset + i_q + BM, used_k), BN):
+        begin = tl.maximum(i_q - WINDOW + 1, 0) // BN * BN
+    for i_k in range(begin, tl.minimum(i_q + BM, used), BN):
         # [BN, BD]
-        b_k = load_tile(k, k_row, start_k, i_k, used_k, BN, D, BD)
-        b_v = load_tile(v, v_row, start_k, i_k, used_k, BN, D, BD)
+        b_k = load_tile(k, k_row, start_k, i_k, used, BN, D, BD)
+        b_v = load_tile(v, v_row, start_k, i_k, used, BN, D, BD)
         # [BM, BN]
-        m = seen(offset + o_q[:, None], (i_k + tl.arange(0, BN))[None, :], WINDOW)
+        m = seen(o_q[:, None], (i_k + tl.arange(0, BN))[None, :], WINDOW)
         b_s = tl.where(m, scale * outer(b_q, b_k), float("-inf"))
         b_max_before, b_sum_before = b_max, b_sum
         b_max = tl.maximum(b_max, tl.max(b_s, 1))
@@ -99,8 +98,8 @@ def forward_kernel(
         b_shrink = tl.exp(b_max_before - b_max)
         b_sum = b_shrink * b_sum + tl.sum(b_p, 1)
         if PAIR:
-            b_k_dot = load_tile(k + k_half, k_row, start_k, i_k, used_k, BN, D, BD)
-            b_v_dot = load_tile(v + v_half, v_row, start_k, i_k, used_k, BN, D, BD)
+            b_k_dot = load_tile(k + k_half, k_row, start_k, i_k, used, BN, D, BD)
+            b_v_dot = load_tile(v + v_half, v_row, start_k, i_k, used, BN, D, BD)
             b_s_dot = scale * outer(b_q_dot, b_k, outer(b_q, b_k_dot))
             # A sum is at least 1 from the first key seen on: the largest score adds exp(0).
             b_mu_before = b_mu

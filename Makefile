@@ -31,7 +31,8 @@ OLDEST_TRITON := triton==3.6.0
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	.venv/bin/python -m pytest -o pythonpath="build/sanitized ." -p no:faulthandler --capture=sys \
-	tests/test_ops.py tests/test_extension.py -k "not reference" $(ARGS)
+	tests/test_ops.py tests/test_extension.py tests/test_together.py tests/test_linear_cross_entropy.py \
+	-k "not reference" $(ARGS)
 
 SETUP_FILES := pyproject.toml setup.py
 

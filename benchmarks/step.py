@@ -7,9 +7,10 @@ All contenders (``step_contenders.py``) take turns in one process, in both order
 frozen weights are shared. They are timed on rows of three kinds (``step_rows.py``). Where a step's cost changes from
 step to step, as with ``probe_every``, whole periods are timed and a row tells of a period's mean step.
 
-Before anything is timed, the first two steps of each contender are compared with plain autograd on a float64 copy of
-the model, at the probe in whose presence each was taken: the first is at V = 0, the second at the probe that the
-first has found. Models of 7B parameters are cut to two layers for that. What is wrong or fails is not timed, is listed
+Before anything is timed, loss and gradient of the first two steps of each contender are compared with plain autograd on
+a float64 copy of the model, at the probe in whose presence each was taken: the first is at V = 0, the second at the
+probe that the first has found. How good that probe is, ``benchmarks.fidelity`` and the tests say, not this. Models of
+7B parameters are cut to two layers for that. What is wrong or fails is not timed, is listed
 as refused, and makes the exit code 1; what cannot be run here is listed as skipped. Neither happens silently.
 
 In a row, ``padding`` is the kind of its rows; ``tokens_per_s`` counts the real tokens of the task batch, which is what

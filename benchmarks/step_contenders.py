@@ -35,7 +35,7 @@ from benchmarks.published_parts import pad_id, prompt_only, trained, training
 from benchmarks.published_step import PublishedStep
 from benchmarks.step_floor import Name
 from benchmarks.step_rows import Batch, Given, as_if_real, lengths
-from sap_fast import SAP, SAPConfig, UnsupportedModelError
+from sap_fast import SAP, SAPConfig, UnsupportedModelError, buckets
 from sap_fast.convert import read_decoder
 from sap_fast.packing import Packer
 
@@ -314,13 +314,16 @@ def sap(
 
         with _nothing_blocked(), _attached(model, settings) as handle:
             packer = Packer.of(read_decoder(model), settings)
+            on_tasks, on_pairs = packer.task(batch), packer.shared(packer.pairs(contrast))
+            if settings.graph:
+                on_tasks, on_pairs = buckets.padded(on_tasks), buckets.padded(on_pairs, pairs=True)
             yield Run(
                 step,
                 given.batch,
                 lengths(batch),
                 lengths(contrast) if pairs and direction else [],
-                packer.task(batch).rows,
-                packer.shared(packer.pairs(contrast)).rows if pairs and direction else None,
+                on_tasks.rows,
+                on_pairs.rows if pairs and direction else None,
                 head_on_scored=True,
                 lowest_probe=min(handle.probe_layers) if pairs else None,
                 probe=(lambda: handle.probe) if pairs else dict,

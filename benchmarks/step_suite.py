@@ -149,7 +149,9 @@ class Suite:
             if run.settle is not None:
                 run.settle()
                 steps = 0
-            for _ in range(-steps % contender.period if steps else contender.period):
+            # At least three steps: what an option, or a captured step, takes beside shows after the first.
+            whole = -(-max(3, steps) // contender.period) * contender.period
+            for _ in range(whole - steps):
                 counting()
             stack.push(opening.pop_all())
         ops = statistics.mean(counting.counts[-contender.period :]) if counting.counts else None

@@ -1,15 +1,20 @@
 """What a whole step is aimed at, and whether a run of ``benchmarks.step`` meets it.
 
 All targets are for rows of real lengths, of which the published step and plain fine-tuning get the padding too, and
-are judged for the model and the device that they name alone. A target that is missed says by how much of its bound.
+are judged for the model and the device that they name alone, on a GPU at the published shapes, and of medians of as
+many rounds as a result takes. A target that is missed says by how much of its bound.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.step_rows import PUBLISHED
+
 Row = dict[str, Any]
 
+# What a result's medians are of, at the least.
+LEAST_ROUNDS = {"cpu": 7, "H200": 30}
 KIND = "real"
 
 
@@ -90,10 +95,12 @@ def verdicts(rows: Sequence[Row], device: str, model: str) -> list[Row]:
         model: by its name in ``benchmarks.step``.
     """
     key = CPU if device == "cpu" else GPU
+    least = LEAST_ROUNDS[key[0]]
     where, of_model, wanted = key
     result = []
     for dtype in sorted(wanted or {row["dtype"] for row in rows}):
-        chosen = [row for row in rows if (row["dtype"], row["padding"]) == (dtype, KIND)]
+        of_kind = [row for row in rows if (row["dtype"], row["padding"]) == (dtype, KIND) and row["rounds"] >= least]
+        chosen = [row for row in of_kind if key is CPU or row["task_shape"][0] == PUBLISHED.tasks]
         for target in TARGETS[key]:
             value = target.value(chosen) if where in device and model == of_model else None
             off = None if value is None else (target.bound - value if target.least else value - target.bound)

@@ -55,4 +55,6 @@ def _method(contender: Contender, run: Run, given: Given) -> Method:
         options["tangent_fraction"] = max(1, round(said["tangent_fraction"] * count)) / count
     if "pairs_per_step" in said:
         options["pairs_per_step"] = given.shapes.pairs // 2
+    if said.get("float8"):
+        options["float8"] = 2.0  # of tensor cores, at their peak
     return Method(name=contender.method, lowest_probe=run.lowest_probe, **options)

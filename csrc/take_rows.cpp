@@ -61,6 +61,8 @@ std::vector<Tensor> take_rows_backward(const std::vector<Tensor>& dys, const Ten
     TORCH_CHECK_INDEX(po[i] >= (i ? po[i - 1] : 0) && po[i] <= taken, "offsets must rise from 0 to ", taken,
                       ", but number ", i, " is ", po[i]);
   }
+  TORCH_CHECK_INDEX(po[0] == 0 && po[count] == taken, "offsets must rise from 0 to ", taken, ", but are from ", po[0],
+                    " to ", po[count]);
   std::vector<Tensor> dxs;
   for (const auto& dy : dys) {
     check_rows("dy", dy);

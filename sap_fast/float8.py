@@ -7,7 +7,7 @@ from torch import nn
 
 from sap_fast.decoder import Decoder
 from sap_fast.errors import UnsupportedModelError
-from sap_fast.ops.lora_linear.float8 import BLOCK, Float8Weight, product, rounded
+from sap_fast.ops.lora_linear.float8 import BLOCK, Float8Weight, product, rounded, version_of
 
 # Hopper. The chips of 8.9 multiply in float8 too, by other kernels than these, on which nothing here was tried.
 CAPABILITY = (9, 0)
@@ -40,7 +40,9 @@ def float8_weights(decoder: Decoder, *, emulated: bool) -> Mapping[nn.Module, Fl
 
 
 def check_unchanged(decoder: Decoder) -> None:
-    """Refuse frozen weights that were written to since their copies in float8 were made.
+    """Refuse frozen weights that were written to, or replaced, since their copies in float8 were made.
+
+    Writes in place by way of ``weight.data`` cannot be seen.
 
     Raises:
         UnsupportedModelError: naming the layer.
@@ -48,7 +50,7 @@ def check_unchanged(decoder: Decoder) -> None:
     if decoder.float8 is None:
         return
     for name, module in _linears(decoder):
-        if decoder.float8[module].version != module.weight._version:
+        if decoder.float8[module].version != version_of(module.weight):
             raise UnsupportedModelError(
                 f"{name} has changed since attach, and its copies in float8 have not; detach and attach again"
             )

@@ -58,10 +58,11 @@ class Given:
         def micro(x: Micro) -> Micro:
             return replace(x, rows=padded(x.rows))
 
+        def part(x: Micro | None) -> Micro | None:
+            return None if x is None else micro(x)
+
         task, pairs = self.task, self.pairs
-        parts: Parts | None = None
-        if task.parts is not None:
-            parts = [(micro(some), None if others is None else micro(others)) for some, others in task.parts]
+        parts = None if task.parts is None else [(part(some), part(others)) for some, others in task.parts]
         task = Task([micro(x) for x in task.micros], parts)
         return replace(self, task=task, pairs=None if pairs is None else padded(pairs, pairs=True))
 

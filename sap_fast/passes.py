@@ -32,8 +32,8 @@ class Micro:
     weight: float = 1.0
 
 
-# Of each micro-batch: sequences with tangents, and the others, if there are.
-Parts = list[tuple[Micro, Micro | None]]
+# Of each micro-batch: sequences with tangents, and the others; None where there are none.
+Parts = list[tuple[Micro | None, Micro | None]]
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def divided(decoder: Decoder, parts: Parts, probe: Probe, u: Flat) -> Gradients:
     the sequences with tangents are a random draw.
 
     Args:
-        parts: of each micro-batch the sequences with tangents, which carry the weight, and the others, if there are.
+        parts: of each micro-batch the sequences with tangents, which carry the weight, and the others.
     """
     chosen, others, scored = sides(parts)
     return completed(decoder, dual(decoder, chosen, probe, u, scored=scored), others, probe, u, scored=scored)
@@ -150,7 +150,7 @@ def divided(decoder: Decoder, parts: Parts, probe: Probe, u: Flat) -> Gradients:
 
 def sides(parts: Parts) -> tuple[list[Micro], list[Micro], Count]:
     """Those with tangents, the others, and the scored tokens of all."""
-    chosen, others = [some for some, _ in parts], [rest for _, rest in parts if rest is not None]
+    chosen, others = ([part for part in side if part is not None] for side in zip(*parts, strict=True))
     return chosen, others, tokens_scored(chosen) + tokens_scored(others)
 
 

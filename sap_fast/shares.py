@@ -4,6 +4,7 @@ Draws are of torch's global generator on the CPU, which ``torch.manual_seed`` se
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,21 +42,27 @@ def some_tangents(
 
     Args:
         batches, micros: the micro-batches, padded and packed.
-        fraction: share of each one's sequences, of which at least one carries tangents.
+        fraction: share of all their sequences together, of which at least one carries tangents.
         packer: packs what is drawn.
         draw_seed: draws the seed of a part's dropout masks.
     """
-    parts: Parts = []
-    for batch, micro in zip(batches, micros, strict=True):
-        count = micro.rows.sequences
-        wanted = max(1, round(fraction * count))
-        if wanted == count:
-            parts.append((micro, None))
-            continue
-        order = torch.randperm(count)
-        chosen, others = (
-            Micro(packer.task(drawn(batch, some.sort().values.tolist()), may_lack_labels=True), draw_seed(), weight)
-            for some, weight in ((order[:wanted], count / wanted), (order[wanted:], 1.0))
-        )
-        parts.append((chosen, others))
-    return parts if any(others for _, others in parts) else None
+    counts = [micro.rows.sequences for micro in micros]
+    total = sum(counts)
+    wanted = max(1, round(fraction * total))
+    if wanted == total:
+        return None
+    carries = torch.zeros(total, dtype=torch.bool)
+    carries[torch.randperm(total)[:wanted]] = True
+
+    def part(batch: Batch, micro: Micro, chosen: Tensor, weight: float) -> Micro | None:
+        if not chosen.any():
+            return None
+        if chosen.all():
+            return replace(micro, weight=weight)
+        sequences = chosen.nonzero()[:, 0].tolist()
+        return Micro(packer.task(drawn(batch, sequences), may_lack_labels=True), draw_seed(), weight)
+
+    return [
+        (part(batch, micro, chosen, total / wanted), part(batch, micro, ~chosen, 1.0))
+        for batch, micro, chosen in zip(batches, micros, carries.split(counts), strict=True)
+    ]

@@ -275,8 +275,7 @@ class SAP:
             found = self._climb(inner, zero)
             outer = passes.ordinary(decoder, micros, found)
         elif task.parts is not None:
-            scored = sum(micro.rows.scored for micro in micros)
-            chosen = [part for part, _ in task.parts]
+            chosen, _, scored = passes.sides(task.parts)
             inner, _ = passes.inner(decoder, chosen, zero, u, keep=False, scored=scored)
             found = self._climb(inner, zero)
             outer = passes.ordinary(decoder, micros, found)

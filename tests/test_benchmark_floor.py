@@ -95,7 +95,8 @@ def test_a_ceiling_is_what_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_of(times: dict[str, float], dtype: str = "float32", kind: str = "real", **others: Any) -> list[dict[str, Any]]:
-    return [{"contender": name, "dtype": dtype, "padding": kind, "ms": ms, **others} for name, ms in times.items()]
+    shared = {"dtype": dtype, "padding": kind, "rounds": 30, "task_shape": [10, 128], **others}
+    return [{"contender": name, "ms": ms, **shared} for name, ms in times.items()]
 
 
 def test_targets_on_a_cpu() -> None:
@@ -128,6 +129,14 @@ def test_targets_on_a_gpu() -> None:
     assert found[0]["missed_by"] == pytest.approx(0.04)
     for device, model in (("NVIDIA A100", "llama-2-7b"), ("NVIDIA H200", "qwen2.5-7b")):
         assert {row["verdict"] for row in step_targets.verdicts(table, device, model)} == {"not measured"}
+
+
+@pytest.mark.parametrize("other", [{"rounds": 29}, {"task_shape": [4, 64]}])
+def test_targets_are_judged_by_results_of_their_shapes(other: dict[str, Any]) -> None:
+    table = run_of({"lagged": 100.0, "tidy": 300.0}, "bfloat16", **other)
+    assert {row["verdict"] for row in step_targets.verdicts(table, "NVIDIA H200", "llama-2-7b")} == {"not measured"}
+    few = run_of({"lagged": 1.0, "tidy": 3.0}, rounds=6)
+    assert {row["verdict"] for row in step_targets.verdicts(few, "cpu", "smollm2")} == {"not measured"}
 
 
 def test_every_target_names_a_contender() -> None:

@@ -328,7 +328,7 @@ def test_compiles_without_a_graph_break(op: OpCases) -> None:
 def test_every_raw_op_belongs_to_an_op_folder() -> None:
     registered = torch._C._dispatch_get_all_op_names()
     registered = {name for name in registered if name.startswith("sap_fast::")}
-    in_place = {"sap_fast::glu_backward_"}
+    in_place = {f"sap_fast::{name}_" for name in ("glu_backward", "lora_linear", "lora_linear_backward")}
     assert registered == in_place | {f"sap_fast::{op.name}{end}" for op in OPS for end in ("", "_backward")}
 
 
@@ -336,7 +336,7 @@ def test_every_raw_op_belongs_to_an_op_folder() -> None:
 def test_runs_on_meta(op: OpCases, case: Case) -> None:
     """Shapes without data: nothing in a public function may look at values."""
     problem = pose(op, case, rng("cpu"))
-    constants = {name: value.to("meta") if is_tensor(value) else value for name, value in problem.constants.items()}
+    constants = tree_map_only(Tensor, lambda x: x.to("meta"), problem.constants)
     leaves = {name: x.to("meta").detach().requires_grad_(x.requires_grad) for name, x in leaves_of(op, problem).items()}
     ys = [y for pair in op.call(paired(leaves), constants) for y in pair if y is not None]
     dys = split(problem.cotangents, True).values()

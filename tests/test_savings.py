@@ -115,6 +115,25 @@ def test_the_interval_follows_the_cosine_of_the_step() -> None:
 # tangent_fraction
 
 
+def test_a_fraction_is_of_all_sequences_of_a_step() -> None:
+    """Of micro-batches of one sequence, too: some carry tangents, and the others none."""
+    model = tiny_model(targets=("q_proj", "v_proj", "down_proj"))
+    whole = random_batch()
+    singles = [{key: x[i : i + 1] for key, x in whole.items()} for i in range(len(whole["input_ids"]))]
+    found = []
+    for batch, fraction in ((whole, 0.25), (singles, 0.25), (whole, 1.0)):
+        with sap_fast.attach(model, CONFIG.replace(tangent_fraction=fraction)) as sap:
+            torch.manual_seed(3)
+            model.zero_grad()
+            report = sap.step(batch, random_pairs())
+            found.append((grads(model), sap.probe, report.loss))
+    (together, probe, _), (apart, other, _), (exact, all_of_them, _) = found
+    assert gap(together, exact) < 1e-10 and gap(apart, exact) < 1e-10
+    # The same sequence was drawn, and the probe found from it alone.
+    assert gap(dict(other), dict(probe)) < 1e-10
+    assert gap(dict(probe), dict(all_of_them)) > 1e-3
+
+
 @pytest.mark.parametrize("chosen", [1, 2])
 def test_over_all_draws_the_estimate_is_exact(chosen: int) -> None:
     model, batch = tiny_model(targets=("q_proj", "v_proj", "down_proj")), random_batch()

@@ -38,17 +38,23 @@ class Float8Weight(NamedTuple):
     """A frozen W ``[d_out, d_in]`` for both of its products: by its rows (``x W^T``) and by its columns (``dy W``).
 
     The two copies take together what one in bfloat16 does. ``emulated``: whether products are formed in float32, on
-    any device, of what e4m3 holds. ``version``: of W, as torch counts writes to a tensor.
+    any device, of what e4m3 holds. ``version``: where W lies, and how many writes torch has counted to it; it does
+    not count those by way of ``W.data``.
     """
 
     by_rows: Float8Matrix
     by_columns: Float8Matrix
     emulated: bool
-    version: int = 0
+    version: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(cls, weight: Tensor, *, emulated: bool) -> "Float8Weight":
-        return cls(rounded(weight), rounded(weight.t()), emulated, weight._version)
+        return cls(rounded(weight), rounded(weight.t()), emulated, version_of(weight))
+
+
+def version_of(weight: Tensor) -> tuple[int, int]:
+    """See :class:`Float8Weight`."""
+    return weight.data_ptr(), weight._version
 
 
 def rounded(x: Tensor) -> Float8Matrix:

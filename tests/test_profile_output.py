@@ -209,6 +209,10 @@ def test_the_command_takes_the_methods_settings() -> None:
     expected = SAPConfig.paper(strength=0.5, probe_every=3, direction_every=6, pairs_per_step=2)
     assert options.config() == expected
     assert MethodArguments().config() == SAPConfig()
+    captured = MethodArguments(graph=True, delayed_direction=True, share_prefixes=False, attention="own").config()
+    assert captured == SAPConfig(
+        graph=True, check="deferred", delayed_direction=True, share_prefixes=False, attention="own"
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,13 @@ class MethodArguments:
     )
     tangent_fraction: float | None = field(default=None, metadata={"help": "share of sequences with tangents"})
     pairs_per_step: int | None = field(default=None, metadata={"help": "pairs drawn of those given to a step"})
+    delayed_direction: bool = field(default=False, metadata={"help": "pairs run with the task, for the next step"})
+    float8: bool = field(default=False, metadata={"help": "tangents and pairs in float8, on Hopper and newer"})
+    graph: bool = field(default=False, metadata={"help": "capture and replay steps as CUDA graphs"})
+    share_prefixes: bool = field(default=True, metadata={"help": "compute once what sequences begin with in common"})
+    attention: Literal["auto", "own", "flash_attn", "varlen_attn", "sdpa"] | None = field(
+        default=None, metadata={"help": "what serves attention in passes without tangents"}
+    )
 
     def config(self) -> SAPConfig:
         """The settings.
@@ -39,6 +46,8 @@ class MethodArguments:
             "paper": SAPConfig.paper,
         }
         given = {name: value for name, value in vars(self).items() if name != "preset" and value is not None}
+        if self.graph:
+            given["check"] = "deferred"  # a graph's numbers are looked at behind it
         try:
             return presets[self.preset](**given)
         except ValueError as error:

@@ -109,8 +109,11 @@ def _candidates(config: SAPConfig, batch: int, pairs: int) -> list[dict[str, Any
     fewer: dict[str, Any] = {}
     if _carries_tangents(config) and _tangents(config.replace(tangent_fraction=0.25), batch) < _tangents(config, batch):
         fewer = {"tangent_fraction": 0.25}
-    found = [rarer, fewer, rarer | fewer if rarer and fewer else {}]
-    found += [{"probe_every": every} for every in (4, 8) if config.uses_probe and config.probe_every < every]
+    found = [{"probe_every": every} for every in (4, 8) if config.uses_probe and config.probe_every < every]
+    if config.delayed_direction:
+        # Pairs run in the phases of the task, whose times do not say what is theirs.
+        return found
+    found += [rarer, fewer, rarer | fewer if rarer and fewer else {}]
     found += [{"pairs_per_step": pairs // 4}] if pairs >= 4 else []
     return [changes for changes in found if changes]
 

@@ -61,6 +61,8 @@ def notes(
         said.append(f"The step of transformers and PEFT did not run, and is left out ({found.absent}).")
     if config.direction_min_cosine is not None:
         said.append("With direction_min_cosine directions may come more often than the average here has them.")
+    if config.delayed_direction:
+        said.append("Pairs run with the task: their share is within the dual phases, and advice on pairs is left out.")
     if steps < 5:
         said.append(f"{steps} rounds are few: the spread says little.")
     return said

@@ -145,7 +145,39 @@ def divided(decoder: Decoder, parts: Parts, probe: Probe, u: Flat) -> Gradients:
         parts: of each micro-batch the sequences with tangents, which carry the weight, and the others.
     """
     chosen, others, scored = sides(parts)
-    return completed(decoder, dual(decoder, chosen, probe, u, scored=scored), others, probe, u, scored=scored)
+    if decoder.float8 is not None:
+        # What is run together shares its frozen products, and of the others' none may be in float8.
+        return completed(decoder, dual(decoder, chosen, probe, u, scored=scored), others, probe, u, scored=scored)
+    found = []
+    for some, rest in parts:
+        if some is not None and rest is not None:
+            found.append(_together(decoder, some, rest, probe, u, scored))
+        elif some is not None:
+            found.append(dual(decoder, [some], probe, u, scored=scored))
+    alone = [rest for some, rest in parts if some is None and rest is not None]
+    return completed(decoder, _sum(found), alone, probe, u, scored=scored)
+
+
+def _together(decoder: Decoder, some: Micro, rest: Micro, probe: Probe, u: Flat, scored: Count) -> Gradients:
+    """A dual pass over some sequences and an ordinary one over the rest, each frozen product once for the rows of both.
+
+    They share no variable: what the rest yields goes to the weights themselves, not to their directions.
+    """
+    ordinary_run = decoder.start(rest.rows, rest.seed, probe=probe.singles())
+    task = DualPass.start(decoder, some, probe, u)
+    runs = [task.run, ordinary_run]
+    streams = decoder.run_together(runs, [decoder.embed(run) for run in runs], 0, len(decoder.layers))
+    loss, loss_dot = mean(decoder.score(runs[0], streams[0]), scored)
+    of_rest, _ = mean(decoder.score(runs[1], streams[1]), scored)
+    variables, count = [*task.variables, *decoder.trained.values()], len(task.variables)
+    grads = torch.autograd.grad([loss_dot, of_rest], variables, allow_unused=True)
+    found = task.share(loss, loss_dot, grads[:count])
+    return replace(
+        found,
+        loss=found.loss + of_rest.detach(),
+        theta=found.theta + Flat.of(decoder.trained, grads[count:]),
+        rms=torch.cat((found.rms, _rms(runs[1], probe)), 1),
+    )
 
 
 def sides(parts: Parts) -> tuple[list[Micro], list[Micro], Count]:
@@ -158,6 +190,8 @@ def completed(
     decoder: Decoder, with_tangents: Gradients, others: Sequence[Micro], probe: Probe, u: Flat, *, scored: Count
 ) -> Gradients:
     """What a dual pass over some sequences has found, completed by an ordinary one over the others."""
+    if not others:
+        return replace(with_tangents, loss_dot=with_tangents.theta.dot(u))
     without = ordinary(decoder, others, probe, scored=scored)
     theta = with_tangents.theta + without.theta
     return replace(

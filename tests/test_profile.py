@@ -41,7 +41,7 @@ IN_ORDER = {
     ),
     "tangent-fraction": (
         CONFIG.replace(tangent_fraction=0.4),
-        ["data", *DIRECTION, *DUAL, *ORDINARY, "update", *END],
+        ["data", *DIRECTION, "forward", *DUAL, "update", *END],  # an ordinary pass is begun, for the other sequences
     ),
 }
 

@@ -117,3 +117,12 @@ def test_resuming_is_refused_by_name(tmp_path: Path) -> None:
         run.train(resume_from_checkpoint=True)
     with pytest.raises(RuntimeError, match=r"outside train\(\)"):
         run.training_step(run.model, {})
+
+
+@pytest.mark.parametrize("change", [{"float8": True}, {"attention": "flash_attn"}], ids=str)
+def test_what_asks_for_a_device_is_tried_where_the_trainer_has_put_the_model(tmp_path: Path, change: dict) -> None:
+    config = SAPConfig(**change)
+    with pytest.raises(ValueError, match="cpu"):
+        trainer(tmp_path, sap=config)
+    with pytest.raises(DataError, match="train_dataset is empty"):  # which comes before the Trainer itself
+        trainer(tmp_path, sap=config, train_dataset=[])

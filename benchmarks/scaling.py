@@ -34,10 +34,11 @@ from benchmarks.line_chart import Panel, figure
 from benchmarks.scaling_points import AXES, FULL, SMALL, Point, contenders, points, random_rows
 from benchmarks.step import BASES, CHECKED_LAYERS, LARGE, base_of, wake
 from benchmarks.step_check import Exact, check
-from benchmarks.step_contenders import Contender, Run
+from benchmarks.step_contenders import Contender
 from benchmarks.step_counts import Allocations, weights_of
 from benchmarks.step_rows import PUBLISHED
 from benchmarks.step_rows import SMALL as SMALL_ROWS
+from benchmarks.step_run import Run
 from benchmarks.step_suite import DTYPES, Row, timed
 from benchmarks.step_work import contender_floor
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from benchmarks import models
 from benchmarks.published_parts import gradients, probes, task_loss, trained
-from benchmarks.step_contenders import Run
 from benchmarks.step_rows import Batch
+from benchmarks.step_run import Run
 
 # Of the norm of the whole gradient, by the dtype of the frozen weights: roundings add up over the layers of a model.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}

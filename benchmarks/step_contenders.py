@@ -18,61 +18,29 @@ of the adapters; the optimizer is left out of all.
 """
 
 import io
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from dataclasses import dataclass, field, replace
-from importlib import import_module
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import sap_fast
-from benchmarks.peers import AbsentError, installed
-from benchmarks.published_parts import pad_id, prompt_only, trained, training
+from benchmarks import step_peers
+from benchmarks.peers import AbsentError
+from benchmarks.published_parts import pad_id, prompt_only, trained
 from benchmarks.published_step import PublishedStep
 from benchmarks.step_floor import Name
-from benchmarks.step_rows import Batch, Given, as_if_real, lengths
+from benchmarks.step_rows import Given, as_if_real, lengths
+from benchmarks.step_run import Run, padded_lengths
 from sap_fast import SAP, SAPConfig, UnsupportedModelError, buckets
 from sap_fast.convert import read_decoder
 from sap_fast.packing import Packer
 
 # Of the released code (``model.py``).
 RELEASED_DROPOUT = 0.1
-
-
-@dataclass(frozen=True)
-class Run:
-    """A contender at given.
-
-    Attributes:
-        step: leaves the task's gradient in ``.grad``, replacing what it held; returns the loss, 0-dim.
-        scored: the batch whose loss that is, as the model's own forward takes it.
-        task_lengths, pair_lengths: tokens of each sequence that is computed on, padding included if it is; empty: none.
-        task_rows, pair_rows: rows that the linear maps run on, fewer than tokens where sequences share some; None is
-            the sum of the lengths.
-        head_on_scored: whether the head runs on rows that predict a scored token alone, else on all.
-        lowest_probe: the lowest probed layer, counted from 0; None without a probe.
-        probe: the probe that acts now, by layer ``[d]``.
-        fresh: whether a step's gradient is taken at the probe found in it, else at the one before.
-        settle: if there is one, called when the contender was found right, before it is timed; it changes the step.
-        empties_cache: whether a step gives back the memory that the allocator keeps, which those after it then lack.
-    """
-
-    step: Callable[[], Tensor]
-    scored: Batch
-    task_lengths: list[int]
-    pair_lengths: list[int] = field(default_factory=list)
-    task_rows: int | None = None
-    pair_rows: int | None = None
-    head_on_scored: bool = False
-    lowest_probe: int | None = None
-    probe: Callable[[], Mapping[int, Tensor]] = dict
-    fresh: bool = False
-    settle: Callable[[], None] | None = None
-    empties_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,8 +70,8 @@ def tidy(model: nn.Module, given: Given) -> Iterator[Run]:
         yield Run(
             lambda: published.step(given.batch, given.pairs),
             given.batch,
-            _padded(given.batch),
-            _padded(given.pairs),
+            padded_lengths(given.batch),
+            padded_lengths(given.pairs),
             lowest_probe=min(_layers(model)),
             probe=lambda: {j: v.detach().clone() for j, v in published.probe.items()},
         )
@@ -151,131 +119,6 @@ def _dropout(model: nn.Module) -> list[nn.Dropout]:
             drops.append(nn.Dropout(0.0))
             layer.lora_dropout[name] = drops[-1]
     return drops
-
-
-# Plain fine-tuning
-
-
-@contextmanager
-def plain(model: nn.Module, given: Given) -> Iterator[Run]:
-    with training(model):
-        yield _descending(model, given, lambda batch: model(**batch, use_cache=False).loss)
-
-
-@contextmanager
-def trl(model: nn.Module, given: Given) -> Iterator[Run]:
-    if installed("trl") is None:
-        raise AbsentError("trl is not installed")
-    with tempfile.TemporaryDirectory() as folder, training(model):
-        with _naming("trl"):
-            trainer = _sft_trainer(model, given, folder)
-        # It adds to the batch what it wants the forward to be given.
-        run = _descending(model, given, lambda batch: trainer.compute_loss(trainer.model, dict(batch)))
-        # Its default loss, chunked_nll, drops rows that are not scored before the head.
-        yield replace(run, head_on_scored=True)
-
-
-def _sft_trainer(model: nn.Module, given: Given, folder: str) -> Any:
-    """One that is given token ids, so that its tokenizer need not know more than padding."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
-
-    words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
-    arguments = SFTConfig(
-        output_dir=folder,
-        report_to="none",
-        use_cpu=given.batch["input_ids"].device.type == "cpu",
-        bf16=False,  # the model is stored in its dtype
-        gradient_checkpointing=False,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
-    rows = {key: given.batch[key].tolist() for key in ("input_ids", "labels")}
-    return SFTTrainer(
-        model,
-        arguments,
-        train_dataset=Dataset.from_dict(rows),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>"),
-    )
-
-
-@contextmanager
-def liger(model: nn.Module, given: Given) -> Iterator[Run]:
-    if installed("liger_kernel") is None:
-        raise AbsentError("liger_kernel is not installed")
-    if given.batch["input_ids"].device.type != "cuda":
-        raise AbsentError("Liger's kernels need a GPU")
-    with _naming("liger_kernel"):
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        patched = Patched(model, _apply_liger_kernel_to_instance)
-
-    def loss_of(batch: Batch) -> Tensor:
-        return model(**batch, use_cache=False).loss
-
-    with training(model):
-        run = _descending(model, given, loss_of)
-
-        def step() -> Tensor:
-            with patched.applied():
-                return run.step()
-
-        yield replace(run, step=step)
-
-
-class Patched:
-    """What a patch of one model changes for all models of its kind: names in their module of transformers.
-
-    They are put back at once, and changed only while the patched model runs, so that the others run what they did.
-    """
-
-    def __init__(self, model: Any, patch: Callable[..., None]) -> None:
-        base = model.get_base_model()
-        names = self._names = vars(import_module(type(base).__module__))
-        before = dict(names)
-        patch(model=base)
-        self._new = {name: x for name, x in names.items() if name not in before or before[name] is not x}
-        self._old = {name: before[name] for name in self._new if name in before}
-        self._put_back()
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        self._names.update(self._new)
-        try:
-            yield
-        finally:
-            self._put_back()
-
-    def _put_back(self) -> None:
-        for name in self._new.keys() - self._old.keys():
-            del self._names[name]
-        self._names.update(self._old)
-
-
-@contextmanager
-def _naming(package: str) -> Iterator[None]:
-    """What fails in setting up another's package is a reason to go on without it."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise AbsentError(f"{package} {installed(package)}: {type(error).__name__}: {reason}"[:300]) from error
-
-
-def _descending(model: nn.Module, given: Given, loss_of: Callable[[Batch], Tensor]) -> Run:
-    weights = list(trained(model).values())
-
-    def step() -> Tensor:
-        for p in weights:
-            p.grad = None
-        loss = loss_of(given.batch)
-        loss.backward()
-        return loss.detach()
-
-    return Run(step, given.batch, _padded(given.batch))
 
 
 # Ours
@@ -362,9 +205,9 @@ _NEVER = 10**9
 CONTENDERS: dict[str, Contender] = {
     "released": Contender(released, "published", {"dropout": RELEASED_DROPOUT, "autocast": "in bfloat16"}),
     "tidy": Contender(tidy, "published"),
-    "plain-sft": Contender(plain),
-    "trl-sft": Contender(trl, options={"gradient_checkpointing": False}),
-    "liger-sft": Contender(liger),
+    "plain-sft": Contender(step_peers.plain),
+    "trl-sft": Contender(step_peers.trl, options={"gradient_checkpointing": False}),
+    "liger-sft": Contender(step_peers.liger),
     "own-sft": Contender(sap(SAPConfig(), pairs=False)),
     "lagged": _saving(),
     "lagged-unshared": _saving(share_prefixes=False),
@@ -399,8 +242,3 @@ def _layers(model: Any) -> tuple[int, ...]:
 def _dtype(model: nn.Module) -> torch.dtype:
     """In which the frozen weights are stored."""
     return next(p.dtype for p in model.parameters() if not p.requires_grad)
-
-
-def _padded(batch: Batch) -> list[int]:
-    count, length = batch["input_ids"].shape
-    return [length] * count

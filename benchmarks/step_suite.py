@@ -17,10 +17,11 @@ from benchmarks.ceiling import Ceiling
 from benchmarks.device_timer import DeviceTimer
 from benchmarks.peers import AbsentError
 from benchmarks.step_check import Exact, check
-from benchmarks.step_contenders import CONTENDERS, Run
+from benchmarks.step_contenders import CONTENDERS
 from benchmarks.step_counts import Allocations, Counting, launches, weights_of
 from benchmarks.step_floor import Device
 from benchmarks.step_rows import Batch, Given, lengths, scored
+from benchmarks.step_run import Run
 from benchmarks.step_work import contender_floor
 
 Row = dict[str, Any]

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.step_contenders import Contender, Run
+from benchmarks.step_contenders import Contender
 from benchmarks.step_floor import Batch, Device, Floor, Method, step_floor
 from benchmarks.step_rows import Given, scored
+from benchmarks.step_run import Run
 from benchmarks.work import Shape, Tokens
 
 

@@ -15,12 +15,13 @@ from test_benchmarks import read
 from torch import nn
 
 import sap_fast
-from benchmarks import ceiling, models, peers, step, step_contenders, step_suite
+from benchmarks import ceiling, models, peers, step, step_contenders, step_peers, step_suite
 from benchmarks.published_parts import task_loss, trained
 from benchmarks.step_check import Exact, check, compare
-from benchmarks.step_contenders import CONTENDERS, Contender, Run
+from benchmarks.step_contenders import CONTENDERS, Contender
 from benchmarks.step_counts import Allocations, Counting, Ops, launches
 from benchmarks.step_rows import PUBLISHED, Given, Shapes, lengths, rows, scored
+from benchmarks.step_run import Run
 
 SHAPES = Shapes(4, 40, 2, 40)
 OPTIONAL = {"trl-sft": "trl", "liger-sft": "liger_kernel"}
@@ -168,7 +169,7 @@ def test_a_wrong_contender_is_refused_before_timing(
 
     @contextmanager
     def slanted(model: nn.Module, given: Given):
-        with step_contenders.plain(model, given) as run:
+        with step_peers.plain(model, given) as run:
 
             def wrong() -> torch.Tensor:
                 loss = run.step()
@@ -315,7 +316,7 @@ def test_ligers_patches_stay_with_its_model(monkeypatch: pytest.MonkeyPatch) -> 
         shared.apply_rotary_pos_emb = counted
         shared.of_liger = 1
 
-    patched = step_contenders.Patched(tiny(), apply)
+    patched = step_peers.Patched(tiny(), apply)
     assert shared.apply_rotary_pos_emb is turn and not hasattr(shared, "of_liger")
     model, batch = tiny(), given().batch
     loss = task_loss(model, batch)
@@ -328,7 +329,7 @@ def test_ligers_patches_stay_with_its_model(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_fails_in_setting_up_a_peer_is_a_reason_to_skip_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_contenders, "installed", lambda package: "9.9")
+    monkeypatch.setattr(step_peers, "installed", lambda package: "9.9")
     monkeypatch.setitem(sys.modules, "trl", ModuleType("trl"))  # without its trainer
     suite = step.Suite("cpu", 1, ["trl-sft", "liger-sft"], None)
     assert suite.measure(tiny(), "float32", given()) == []
@@ -358,7 +359,7 @@ def test_trl_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch) -> Non
     stub = ModuleType("trl")
     stub.SFTConfig, stub.SFTTrainer = SFTConfig, SFTTrainer
     monkeypatch.setitem(sys.modules, "trl", stub)
-    monkeypatch.setattr(step_contenders, "installed", lambda package: "9.9")
+    monkeypatch.setattr(step_peers, "installed", lambda package: "9.9")
     suite = step.Suite("cpu", 1, ["trl-sft"], None)
     data = given()
     before = copy.deepcopy(dict(data.batch))

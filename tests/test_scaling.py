@@ -10,11 +10,12 @@ import pytest
 import torch
 from test_benchmarks import read
 
-from benchmarks import ceiling, models, scaling, scaling_points, step_contenders
+from benchmarks import ceiling, models, scaling, scaling_points, step_peers
 from benchmarks.line_chart import Panel, figure
 from benchmarks.scaling_points import FULL, SMALL, TARGETS, Point, points, random_rows, spread
-from benchmarks.step_contenders import CONTENDERS, Contender, Run
+from benchmarks.step_contenders import CONTENDERS, Contender
 from benchmarks.step_rows import Given
+from benchmarks.step_run import Run
 from sap_fast.batch import pack, pack_pairs
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -63,7 +64,7 @@ def test_a_wrong_contender_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
     @contextmanager
     def wrong(model: torch.nn.Module, given: Given) -> Iterator[Run]:
-        with step_contenders.plain(model, given) as run:
+        with step_peers.plain(model, given) as run:
             yield replace(run, step=lambda: 1.5 * run.step())
 
     monkeypatch.setitem(CONTENDERS, "own-sft", Contender(wrong))

@@ -72,6 +72,8 @@ def constant(part: Part) -> Part:
     return part._replace(x=part.x.detach(), x_dot=None if part.x_dot is None else part.x_dot.detach())
 
 
+# Of float64: products of more rows, and sums of terms formed elsewhere, may add up in another order.
+ROUNDING = {"rtol": 1e-12, "atol": 1e-13}
 MODES = {
     "full": lambda parts: parts,
     "half": lambda parts: [constant_x(parts[0]), *parts[1:]],
@@ -90,7 +92,7 @@ def test_each_gets_what_it_gets_alone(mode: str, pair: bool, device: str) -> Non
     assert len(together) == len(alone) > 12
     for found, expected in zip(together, alone, strict=True):
         # Sums of 6 products, or of some rows, in another order.
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(found, expected, **ROUNDING)
 
 
 def test_what_is_not_used_counts_as_zero(device: str) -> None:
@@ -99,7 +101,7 @@ def test_what_is_not_used_counts_as_zero(device: str) -> None:
     ys = lora_linear_together(parts)
     (found,) = torch.autograd.grad(ys[1][2][0].sum(), leaf)
     (expected,) = torch.autograd.grad(lora_linear_together([parts[1]])[0][2][0].sum(), leaf)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(found, expected, **ROUNDING)
 
 
 def constants(part: Part) -> tuple:
@@ -120,7 +122,7 @@ def test_the_ops_keep_their_schema(pair: bool, device: str) -> None:
     torch.library.opcheck(raw.lora_linear_.default, ([y.clone() for y in ys], x, biases, *constants(part)))
     raw.lora_linear_(ys, x, biases, *constants(part))
     for found, expected in zip(ys, raw.lora_linear(x, weights, biases, *constants(part)), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(found, expected, **ROUNDING)
     dys = [torch.randn_like(y) for y in ys]
     products = [dy @ weight for dy, weight in zip(dys, weights, strict=True)]
     rest = dys, x, *constants(part)
@@ -132,9 +134,9 @@ def test_the_ops_keep_their_schema(pair: bool, device: str) -> None:
         das, dbs = raw.lora_linear_backward_(given, *rest)
         dx, *expected = raw.lora_linear_backward(dys, x, weights, *constants(part), bool(given))
         if given:
-            torch.testing.assert_close(given[0], dx, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(given[0], dx, **ROUNDING)
         for found, wanted in zip((*das, *dbs), (*expected[0], *expected[1]), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(found, wanted, **ROUNDING)
 
 
 @pytest.mark.skipif(not _C.loaded, reason=f"the C++ kernels are not loaded: {_C.status}")

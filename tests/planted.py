@@ -1,4 +1,4 @@
-"""Failures of every kind, planted: what ``benchmarks.gpu`` must survive and show. Run by ``test_benchmarks_gpu.py``."""
+"""Failures of every kind, planted: what ``benchmarks.gpu`` must survive and show. Run by ``test_gpu_runs.py``."""
 
 import os
 import signal

@@ -199,12 +199,12 @@ def test_limits_hold_on_a_slow_machine(part: str, limit: float | None, tmp_path:
         names
         == {
             "check": ["compile", "smoke", "tests", "step"],
-            "time": ["again", "ceilings", "step", "fidelity", "ops", "profile"],
+            "time": ["again", "ceilings", "step", "fidelity", "ops", "profile", "float8"],
         }[part]
     )
     least = dict(runner.ran)
     if limit >= parts.LIMITS[part]:
-        assert all(seconds >= parts.LEAST for seconds in least.values()), runner.ran
+        assert all(seconds >= parts.LEAST for stage, seconds in runner.ran if stage != "float8"), runner.ran
         # The most telling has most of its time even there.
         assert least["smoke" if part == "check" else "step"] >= 60
 

@@ -94,11 +94,12 @@ def tracebacks(lines: Lines) -> str:
 def table(lines: Lines, repeat: str) -> str:
     """The whole table, in fewer characters than ``MOST``."""
     items = results.items(lines)
+    part = next((line["part"] for line in lines if line["kind"] == "run"), None)
     wanted = [
         _head(lines),
         _stages(lines, items),
         _failures(items, repeat),
-        _errors(items),
+        _errors([item for item in items if not (item.earlier and part == "time")]),
         _steps(lines),
         _fidelity(lines),
         _ops(items),
@@ -142,7 +143,7 @@ def _stages(lines: Lines, items: Sequence[Item]) -> list[str]:
         told += [f"PROBLEM: {line['problem']}"] if line["problem"] else []
         told += ["in an earlier run"] if line.get("earlier") else []
         text.append(f"{line['stage']:10} {line['seconds']:6.1f} s  {', '.join(told)}")
-    skipped = Counter(item.reason for item in items if item.outcome == SKIPPED)
+    skipped = Counter(item.reason for item in items if item.outcome == SKIPPED and not item.earlier)
     text += [f"  skipped {count}: {reason}" for reason, count in skipped.most_common(4)]
     return text
 
@@ -187,7 +188,8 @@ def _steps(lines: Lines) -> list[str]:
     """Whole steps: the last word on each contender and kind of rows."""
     found: dict[tuple, Mapping[str, Any]] = {}
     text = []
-    for row in results.rows(lines, "step"):
+    facts = [fact for stage in ("step", "float8") for fact in results.rows(lines, stage)]
+    for row in facts:
         if "contender" in row and "ms" in row:
             found[row["padding"], row["contender"]] = row
         elif "contender" in row:
@@ -197,8 +199,16 @@ def _steps(lines: Lines) -> list[str]:
         f"{_times(row)}  {row['peak_memory'] / 2**30:5.1f} GiB  {_count(row)}  {row['rounds']} rounds"
         for (kind, name), row in found.items()
     ]
-    targets = [row for row in results.rows(lines, "step") if "target" in row]
-    return [*steps, *text, *step_targets.lines(list({row["target"]: row for row in targets}.values()))]
+    targets = {row["target"]: row for row in facts if "target" in row and row["stage"] == "step"}
+    digests = [f"digest {row['digest']['dtype']}: {row['digest']['first']}" for row in facts if "digest" in row]
+    return [*steps, *text, *_measured(step_targets.lines(targets.values())), *digests]
+
+
+def _measured(verdicts: Sequence[str]) -> list[str]:
+    """The targets that were looked at; of the others how many there are."""
+    found = [verdict for verdict in verdicts if not verdict.startswith("not measured  ")]
+    left = len(verdicts) - len(found)
+    return found + ([f"not measured: {left} targets"] if left else [])
 
 
 def _times(row: Mapping[str, Any]) -> str:
@@ -217,7 +227,7 @@ def _fidelity(lines: Lines) -> list[str]:
         for row in rows
         if row["gradient"] == "dual"
     ]
-    return told + ops_table.verdicts(ops_table.cosine_targets(rows))
+    return told + _measured(ops_table.verdicts(ops_table.cosine_targets(rows)))
 
 
 def _ops(items: Sequence[Item]) -> list[str]:
@@ -225,7 +235,7 @@ def _ops(items: Sequence[Item]) -> list[str]:
     if not found:
         return []
     rows, memory = ops_table.rows(found), ops_table.memory(found)
-    return [*ops_table.verdicts(ops_table.targets(rows, memory)), *ops_table.lines(rows)]
+    return [*_measured(ops_table.verdicts(ops_table.targets(rows, memory))), *ops_table.lines(rows)]
 
 
 def _others(lines: Lines) -> list[str]:

@@ -5,7 +5,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +22,36 @@ SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942"
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as compiled: shared memory in bytes, bytes of local memory a thread, and its assembly."""
+    """One kernel as compiled, for one set of options.
+
+    Attributes:
+        shared: bytes of shared memory.
+        local: bytes of local memory a thread.
+        registers: a thread.
+        assembly: PTX, or AMD's; empty if it was not compiled here but found in a cache.
+        options: its constants and compilation options, by name.
+    """
 
     name: str
     shared: int
     local: int
+    registers: int
     assembly: str
+    options: Mapping[str, Any]
 
     @property
     def products(self) -> set[str]:
         """The kinds of tensor-core instructions in it."""
         kinds = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma", "mfma": "v_mfma"}
         return {kind for kind, instruction in kinds.items() if instruction in self.assembly}
+
+    def accesses(self, kind: str) -> Counter[int]:
+        """How many instructions of a kind, ``"ld"`` or ``"st"``, go to global memory, by their width in bytes."""
+        found: Counter[int] = Counter()
+        pattern = rf"\b{kind}\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[busf](\d+)\b"
+        for vector, bits in re.findall(pattern, self.assembly):
+            found[int(vector or 1) * int(bits) // 8] += 1
+        return found
 
 
 class _Driver:
@@ -67,7 +86,7 @@ def compiling(arch: str) -> Iterator[list[Compiled]]:
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         binary = run(kernel, *args, grid=grid, warmup=True, **options)
         if id(binary) not in found:
-            found[id(binary)] = _read(kernel.__name__, binary, arch)
+            found[id(binary)] = _read(kernel.__name__, binary, arch, options)
             result.append(found[id(binary)])
 
     run = JITFunction.run
@@ -80,19 +99,21 @@ def compiling(arch: str) -> Iterator[list[Compiled]]:
         yield result
 
 
-def _read(name: str, binary: Any, arch: str) -> Compiled:
+def _read(name: str, binary: Any, arch: str, options: Mapping[str, Any]) -> Compiled:
     if arch.startswith("gfx"):
         text = binary.asm["amdgcn"]
         (local,) = map(int, re.findall(r"\.private_segment_fixed_size: (\d+)", text))
-        return Compiled(name, binary.metadata.shared, local, text)
+        (registers,) = map(int, re.findall(r"\.vgpr_count:\s+(\d+)", text))
+        return Compiled(name, binary.metadata.shared, local, registers, text, options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         usage = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True)
     (stack,) = map(int, re.findall(r"STACK:(\d+)", usage.stdout))
     (local,) = map(int, re.findall(r"LOCAL:(\d+)", usage.stdout))
+    (registers,) = map(int, re.findall(r"REG:(\d+)", usage.stdout))
     # A cache that has travelled (``benchmarks/gpu/cache.py``) holds machine code alone.
-    return Compiled(name, binary.metadata.shared, stack + local, binary.asm.get("ptx", ""))
+    return Compiled(name, binary.metadata.shared, stack + local, registers, binary.asm.get("ptx", ""), options)
 
 
 @functools.cache

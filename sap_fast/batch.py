@@ -1,6 +1,8 @@
 """Checks a batch and packs it: real tokens only, sequence after sequence.
 
-The library computes on packed rows ``[rows, d]``; padding never reaches a kernel. A batch is a dict of
+The library computes on packed rows ``[rows, d]``; padding never reaches a kernel. Batches are checked and packed on the
+host, in NumPy, and what comes of it is sent to the device in one piece (``transfer.py``): there, some hundred small
+operations, and waits for what they find, would keep it idle before every step. A batch is a dict of
 
     input_ids       [B, T] int64
     attention_mask  [B, T], 1 for real tokens; may be absent if all are. Padding may be left or right.
@@ -9,14 +11,16 @@ The library computes on packed rows ``[rows, d]``; padding never reaches a kerne
 and pairs are the same with ``B = 2P``: all chosen rows first, then all rejected, in the same order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sap_fast.errors import BatchError
 from sap_fast.ops.take_rows import RowIndex
+from sap_fast.transfer import sent
 
 IGNORED = -100
 _KEYS = {"input_ids", "attention_mask", "labels"}
@@ -87,22 +91,44 @@ class Rows:
         return self.labels.shape[0] if self.padding is None else self.padding.scored
 
 
-def pack(
+@dataclass(frozen=True)
+class HostBatch:
+    """A batch that was checked, on the host: ``input_ids, labels [B, T]`` int64, ``real [B, T]`` bool, not padding."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    real: np.ndarray
+
+    @property
+    def sequences(self) -> int:
+        return len(self.real)
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Which tokens row t predicts and the loss is over ``[B, T - 1]``; a sequence's first has no predecessor."""
+        return (self.labels[:, 1:] != IGNORED) & self.real[:, :-1] & self.real[:, 1:]
+
+    def drawn(self, sequences: Sequence[int]) -> "HostBatch":
+        """Some of its sequences, in the order given."""
+        return HostBatch(*(x[list(sequences)] for x in (self.input_ids, self.labels, self.real)))
+
+
+def read(
     batch: Mapping[str, Tensor],
     *,
     vocab_size: int,
     device: torch.device,
     embeddings: int | None = None,
     name: str = "batch",
-    may_lack_labels: bool = False,
-) -> Rows:
-    """Check a batch and pack it.
+) -> HostBatch:
+    """Check a batch, on the host. One that lies on a device is waited for, and copied, once.
 
     Args:
+        batch: on the CPU, or on ``device``.
         vocab_size: of the output head, which bounds the labels.
+        device: the model's.
         embeddings: rows of the embedding table, which bounds the token ids; ``vocab_size`` if None.
         name: what errors call the batch.
-        may_lack_labels: whether nothing to score is let pass, as in a part of a batch.
 
     Raises:
         BatchError: missing, unknown or misshapen entries; another device; token ids or labels out of range;
@@ -116,122 +142,125 @@ def pack(
         raise BatchError(
             f"{name} holds {sorted(unknown)}, which the pair forward does not read; pass only {sorted(_KEYS)}"
         )
-    input_ids, labels = batch["input_ids"], batch["labels"]
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(input_ids) if mask is None else mask
+    input_ids = batch["input_ids"]
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise BatchError(f"{name}['input_ids'] must be [B, T] and not empty, but has shape {tuple(input_ids.shape)}")
-    for key, x in (("input_ids", input_ids), ("labels", labels), ("attention_mask", mask)):
+    given = {key: batch[key] for key in ("input_ids", "labels", "attention_mask") if batch.get(key) is not None}
+    for key, x in given.items():
         if x.shape != input_ids.shape:
             raise BatchError(
                 f"{name}['{key}'] has shape {tuple(x.shape)}, but input_ids {tuple(input_ids.shape)}; they must agree"
             )
-        if x.device != device:
-            raise BatchError(f"{name}['{key}'] is on {x.device}, but the model on {device}; move the batch there")
+        if x.device.type != "cpu" and x.device != device:
+            raise BatchError(
+                f"{name}['{key}'] is on {x.device}, but the model on {device}; leave the batch on the CPU, or move it "
+                "there"
+            )
         if x.is_floating_point() or x.is_complex():
             raise BatchError(f"{name}['{key}'] must hold integers, but is {x.dtype}")
 
-    real = mask != 0
-    # labels[:, t + 1] is predicted by row t; the first token of a sequence has no predecessor and is not scored.
-    scored = (labels[:, 1:] != IGNORED) & real[:, :-1] & real[:, 1:]
-    _check_values(name, input_ids, labels, real, scored, (embeddings or vocab_size, vocab_size), may_lack_labels)
-
-    lengths = real.sum(1)
-    row = real.flatten().cumsum(0).view_as(mask) - 1
-    sequence, column = scored.nonzero(as_tuple=True)
-    return Rows(
-        input_ids=input_ids[real].long(),
-        position_ids=torch.arange(mask.shape[1], device=device).expand_as(mask)[real],
-        cu_seqlens=torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int(),
-        max_seqlen=int(lengths.max()),
-        labelled=RowIndex.of(row[sequence, column], int(lengths.sum())),
-        labels=labels[sequence, column + 1].long(),
-        label_sequence=sequence,
-        sequences=mask.shape[0],
-    )
+    found = _on_host(given)
+    mask = found.get("attention_mask")
+    real = np.ones(tuple(input_ids.shape), bool) if mask is None else mask != 0
+    checked = HostBatch(found["input_ids"], found["labels"], real)
+    _check_values(name, checked, embeddings or vocab_size, vocab_size)
+    return checked
 
 
-def _check_values(
-    name: str,
-    input_ids: Tensor,
-    labels: Tensor,
-    real: Tensor,
-    scored: Tensor,
-    limits: tuple[int, int],
-    may_lack_labels: bool,
-) -> None:
-    """Refuse bad values. All tests are made on the device and read in one copy."""
-    embeddings, vocab_size = limits
+def _on_host(entries: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Integers as int64 arrays. All that lies on a device comes in one copy, which is waited for."""
+    there = [key for key, x in entries.items() if x.device.type != "cpu"]
+    copied = torch.stack([entries[key].long() for key in there]).cpu() if there else ()
+    found = dict(zip(there, copied, strict=True))
+    return {key: found.get(key, x).detach().numpy().astype(np.int64, copy=False) for key, x in entries.items()}
+
+
+def _check_values(name: str, batch: HostBatch, embeddings: int, vocab_size: int) -> None:
+    """Refuse bad values."""
+    ids, labels, real = batch.input_ids, batch.labels, batch.real
     labelled = labels != IGNORED
-    bad_ids = real & ((input_ids < 0) | (input_ids >= embeddings))
-    bad_labels = labelled & ((labels < 0) | (labels >= vocab_size))
-    # One run of real tokens a row: its length is the distance from the first to the last.
-    t = torch.arange(real.shape[1], device=real.device)
-    first = torch.where(real, t, real.shape[1]).amin(1)
-    last = torch.where(real, t, -1).amax(1)
-    holes = (last - first + 1).clamp_min(0) != real.sum(1)
-    counts = torch.stack(
-        [
-            bad_ids.sum(),
-            bad_labels.sum(),
-            holes.sum(),
-            (labelled & ~real).sum(),
-            scored.sum(),
-            (~real).all(1).sum(),
-        ]
-    )
-    ids, bad, hollow, padded, kept, empty = counts.tolist()
-    if ids:
+    count = np.count_nonzero
+    if outside := count(real & ((ids < 0) | (ids >= embeddings))):
         raise BatchError(
-            f"{name} has {ids} token ids outside [0, {embeddings}), the model's vocabulary: was it made "
+            f"{name} has {outside} token ids outside [0, {embeddings}), the model's vocabulary: was it made "
             "with this model's tokenizer?"
         )
-    if bad:
-        raise BatchError(f"{name} has {bad} labels outside [0, {vocab_size}) that are not {IGNORED} (not scored)")
-    if empty:
+    if outside := count(labelled & ((labels < 0) | (labels >= vocab_size))):
+        raise BatchError(f"{name} has {outside} labels outside [0, {vocab_size}) that are not {IGNORED} (not scored)")
+    if empty := count(~real.any(1)):
         raise BatchError(f"{name} has {empty} rows without a real token (attention_mask all 0); drop them")
-    if hollow:
+    # One run of real tokens a row: its length is the distance from the first to the last.
+    spans = real.shape[1] - real[:, ::-1].argmax(1) - real.argmax(1)
+    if hollow := count(spans != real.sum(1)):
         raise BatchError(
             f"{name} has {hollow} rows whose attention_mask is not one run of ones; pad on the left or the right only"
         )
-    if padded:
+    if padded := count(labelled & ~real):
         raise BatchError(f"{name} has {padded} labels where attention_mask is 0; set labels to {IGNORED} on padding")
-    if not kept and not may_lack_labels:
+    if not batch.scored.any():
         raise BatchError(
             f"{name} has no scored token: all labels are {IGNORED} (or on a sequence's first token). "
             "Was the answer truncated away, or the whole text masked as prompt?"
         )
 
 
-def drawn(batch: Mapping[str, Tensor], sequences: list[int]) -> dict[str, Tensor]:
-    """Some sequences of a batch, in the order given."""
-    index = torch.tensor(sequences, device=batch["input_ids"].device)
-    return {key: x.index_select(0, index) for key, x in batch.items()}
+def read_pairs(
+    pairs: Mapping[str, Tensor], *, vocab_size: int, device: torch.device, embeddings: int | None = None
+) -> HostBatch:
+    """Check pairs, on the host; chosen sequences are the first half.
+
+    Raises:
+        BatchError: as :func:`read`; an odd number of rows; a pair without scored tokens on a side; a pair
+            whose chosen and rejected rows are equal, which has no direction.
+    """
+    batch = read(pairs, vocab_size=vocab_size, device=device, embeddings=embeddings, name="pairs")
+    if batch.sequences % 2:
+        raise BatchError(f"pairs has {batch.sequences} rows; it must be even: all chosen rows first, then all rejected")
+    half = batch.sequences // 2
+    silent = ~batch.scored.any(1)
+    if silent.any():
+        side, index = divmod(int(silent.argmax()), half)
+        sides = ("chosen", "rejected")
+        raise BatchError(f"pair {index} has no scored token on its {sides[side]} side; was its answer truncated away?")
+    ids = np.where(batch.real, batch.input_ids, -1)
+    same = ((ids[:half] == ids[half:]) & (batch.labels[:half] == batch.labels[half:])).all(1)
+    if same.any():
+        raise BatchError(f"pair {same.argmax()} has equal chosen and rejected rows, so it points nowhere; drop it")
+    return batch
+
+
+def packed(batch: HostBatch) -> Rows:
+    """A checked batch as packed rows, still on the host; what is drawn of one may have nothing to score."""
+    real, lengths = batch.real, batch.real.sum(1)
+    row = real.ravel().cumsum().reshape(real.shape) - 1
+    # labels[:, t + 1] is predicted by row t.
+    sequence, column = map(np.ascontiguousarray, batch.scored.nonzero())
+    return Rows(
+        input_ids=torch.from_numpy(batch.input_ids[real]),
+        position_ids=torch.from_numpy(np.broadcast_to(np.arange(real.shape[1]), real.shape)[real]),
+        cu_seqlens=torch.from_numpy(np.concatenate(([0], lengths.cumsum())).astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        labelled=RowIndex.on_host(row[sequence, column], int(lengths.sum())),
+        labels=torch.from_numpy(batch.labels[sequence, column + 1]),
+        label_sequence=torch.from_numpy(sequence),
+        sequences=batch.sequences,
+    )
+
+
+def pack(
+    batch: Mapping[str, Tensor],
+    *,
+    vocab_size: int,
+    device: torch.device,
+    embeddings: int | None = None,
+    name: str = "batch",
+) -> Rows:
+    """Check a batch, as :func:`read` does, and pack it, on the device."""
+    return sent(packed(read(batch, vocab_size=vocab_size, device=device, embeddings=embeddings, name=name)), device)
 
 
 def pack_pairs(
     pairs: Mapping[str, Tensor], *, vocab_size: int, device: torch.device, embeddings: int | None = None
 ) -> Rows:
-    """Check pairs and pack them; chosen sequences are the first half.
-
-    Raises:
-        BatchError: as :func:`pack`; an odd number of rows; a pair without scored tokens on a side; a pair
-            whose chosen and rejected rows are equal, which has no direction.
-    """
-    rows = pack(pairs, vocab_size=vocab_size, device=device, embeddings=embeddings, name="pairs")
-    if rows.sequences % 2:
-        raise BatchError(f"pairs has {rows.sequences} rows; it must be even: all chosen rows first, then all rejected")
-    half = rows.sequences // 2
-    scored = torch.bincount(rows.label_sequence, minlength=rows.sequences)
-    mask = pairs.get("attention_mask")
-    visible = torch.ones_like(pairs["input_ids"], dtype=torch.bool) if mask is None else mask != 0
-    ids = torch.where(visible, pairs["input_ids"], -1)
-    equal = ((ids[:half] == ids[half:]) & (pairs["labels"][:half] == pairs["labels"][half:])).all(1)
-    silent, same = (scored == 0).tolist(), equal.tolist()
-    if any(silent):
-        side, index = divmod(silent.index(True), half)
-        sides = ("chosen", "rejected")
-        raise BatchError(f"pair {index} has no scored token on its {sides[side]} side; was its answer truncated away?")
-    if any(same):
-        raise BatchError(f"pair {same.index(True)} has equal chosen and rejected rows, so it points nowhere; drop it")
-    return rows
+    """Check pairs, as :func:`read_pairs` does, and pack them, on the device."""
+    return sent(packed(read_pairs(pairs, vocab_size=vocab_size, device=device, embeddings=embeddings)), device)

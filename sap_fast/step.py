@@ -81,7 +81,8 @@ class SAP:
         Args:
             batch: a dict of ``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]`` (``labels`` unshifted,
                 -100 = not scored), or a sequence of such micro-batches: the loss is the mean over all their
-                scored tokens, with one direction and one probe update.
+                scored tokens, with one direction and one probe update. Leave batches on the CPU, where they are
+                packed; each that lies on the model's device is waited for, once.
             pairs: the same keys with ``[2P, T]``, all chosen rows first, then all rejected; labels on answer
                 tokens only. None is plain fine-tuning: no direction, no probe. Steps that find no direction
                 (``probe_every``, ``direction_every``) check them and do not read them.
@@ -103,22 +104,28 @@ class SAP:
             raise ValueError("batch is an empty sequence; give at least one micro-batch")
         rhythm, config = self._state.rhythm, self.config
         packer = Packer.of(decoder, config)
-        rows = [packer.task(b, name) for b, name in zip(batches, names, strict=True)]
-        pair_rows = None if pairs is None else packer.pairs(pairs)
-        directs = pair_rows is not None and rhythm.directs(config)
-        probes = pair_rows is not None and rhythm.probes(config)
-        if pairs is not None and pair_rows is not None and directs and config.pairs_per_step is not None:
-            pair_rows = some_pairs(pairs, pair_rows, config.pairs_per_step, packer)
+        read = [packer.read(b, name) for b, name in zip(batches, names, strict=True)]
+        read_pairs = None if pairs is None else packer.read_pairs(pairs)
+        rows = [packer.task(b) for b in read]
+        # What a step hands on to the next one stays as it is here, or the look at its numbers refuses both.
+        directs = read_pairs is not None and rhythm.directs(config)
+        probes = read_pairs is not None and rhythm.probes(config)
+        draws_pairs = directs and config.pairs_per_step is not None
+        pair_rows = packer.pairs(read_pairs) if read_pairs is not None and directs and not draws_pairs else None
+        # Packed by now, but for what is drawn: while the device was busy with the last step.
+        self._settle()
+        if read_pairs is not None and draws_pairs:
+            assert config.pairs_per_step is not None
+            pair_rows = packer.pairs(some_pairs(read_pairs, config.pairs_per_step))
         micros = [Micro(r, self._draw_seed()) for r in rows]
         parts = None
         if probes and config.tangent_fraction < 1:
-            parts = some_tangents(batches, micros, config.tangent_fraction, packer, self._draw_seed)
+            parts = some_tangents(read, micros, config.tangent_fraction, packer, self._draw_seed)
 
-        found_from = packer.shared(pair_rows) if pair_rows is not None and directs else None
         # A delayed direction is known already, but in the first step.
         delayed = config.delayed_direction and directs and self._state.direction is not None
         state = replace(self._state, rhythm=Rhythm())
-        given = Given(Task(micros, parts), found_from, state, plain=pair_rows is None, probes=probes, delayed=delayed)
+        given = Given(Task(micros, parts), pair_rows, state, plain=read_pairs is None, probes=probes, delayed=delayed)
         outcome = self._outcome(given)
         self._check(outcome)
         self._commit(outcome)
@@ -166,7 +173,6 @@ class SAP:
 
     def _ready(self) -> Decoder:
         decoder = self._decoder
-        self._settle()
         if torch.is_autocast_enabled(decoder.device.type):
             raise RuntimeError(
                 "step runs in the dtype of the model's weights: leave the autocast region, and for bfloat16 "
@@ -189,9 +195,9 @@ class SAP:
     def _outcome(self, given: Given) -> Outcome:
         """Compute a step, by a replay where there is one, and count it."""
         if self._graphs is None or not self._graphs.active:
-            outcome = self._compute(given)
+            outcome = self._compute(given.sent(self._decoder.device))
         else:
-            outcome = self._graphs.run(self._compute, given.padded())
+            outcome = self._graphs.run(self._compute, given.padded().sent(self._decoder.device))
             micros, pairs = given.task.micros, given.pairs
             report = replace(
                 outcome.report,

@@ -41,7 +41,7 @@ def test_floor_rows_are_those_that_the_floor_is_computed_for() -> None:
     assert scored(found.batch) == pytest.approx(384, abs=5)
     model = models.with_lora(models.tiny_base()[0])
     packer = Packer.of(read_decoder(model), SAPConfig())
-    task, pairs = packer.task(found.batch), packer.shared(packer.pairs(found.pairs))
+    task, pairs = packer.task(packer.read(found.batch)), packer.pairs(packer.read_pairs(found.pairs))
     assert (task.rows, task.shared, pairs.rows, pairs.tokens) == (768, None, 2027, 2458)
     # Of a pair the prompt is what it shares, on average 35% of a sequence.
     assert (pairs.tokens - pairs.rows) / 8 == pytest.approx(0.35 * 2458 / 16, abs=0.5)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -139,6 +140,15 @@ class SAPTrainer(Trainer):
             self._sap = None
             self._micros.clear()
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's, but that batches stay on the host: packing there waits for no device."""
+        accelerator, placing = self.accelerator, self.accelerator.device_placement
+        accelerator.device_placement = False
+        try:
+            return super().get_train_dataloader()
+        finally:
+            accelerator.device_placement = placing
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -152,12 +162,12 @@ class SAPTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedule-free optimizers
-        self._micros.append(self._prepare_inputs(inputs))
+        self._micros.append(inputs)  # on the host, where a step packs it
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         micros = self._micros.copy()
         self._micros.clear()
-        pairs = self._prepare_inputs(self._collate_pairs(next(self._pairs)))
+        pairs = self._collate_pairs(next(self._pairs))
         with _unpatched(model):
             report = self._sap.step(micros, pairs)
             # The optimizer comes next: with check="deferred", too, it must not be given what is not finite.

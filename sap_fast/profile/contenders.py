@@ -139,8 +139,7 @@ class Steps:
     def _own(self, batch: Batch, pairs: Batch | None, begin: Begin) -> None:
         begin("data")
         self._listen(begin)
-        device = self._decoder.device
-        self._sap.step(on_device(batch, device), None if pairs is None else on_device(pairs, device))
+        self._sap.step(batch, pairs)
         begin("optimizer")
         self._optimizer.step()
 

@@ -46,8 +46,13 @@ class Compiled:
         return {kind for kind, instruction in kinds.items() if instruction in self.assembly}
 
     def accesses(self, kind: str) -> Counter[int]:
-        """How many instructions of a kind, ``"ld"`` or ``"st"``, go to global memory, by their width in bytes."""
+        """How many instructions of a kind, ``"ld"`` or ``"st"``, go to global memory, by their width in bytes.
+
+        Among the loads are the asynchronous ones, which go to shared memory.
+        """
         found: Counter[int] = Counter()
+        if kind == "ld":
+            found.update(int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.[^;]*?\], (\w+)", self.assembly))
         pattern = rf"\b{kind}\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[busf](\d+)\b"
         for vector, bits in re.findall(pattern, self.assembly):
             found[int(vector or 1) * int(bits) // 8] += 1
@@ -90,13 +95,19 @@ def compiling(arch: str) -> Iterator[list[Compiled]]:
             result.append(found[id(binary)])
 
     run = JITFunction.run
+    compile_runs = mock.patch.object(JITFunction, "run", compile_only)
+    with launched_for(arch), compile_runs, mock.patch.object(driver, "_active", _Driver(arch)):
+        yield result
+
+
+@contextmanager
+def launched_for(arch: str) -> Iterator[None]:
+    """Within it, the raw ops on CPU tensors launch their kernels as they would on a GPU of an architecture."""
     with ExitStack() as patches:
         patches.enter_context(launchers_on_cpu())
-        patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
-        patches.enter_context(mock.patch.object(driver, "_active", _Driver(arch)))
         for module in {sys.modules[launcher(name).__module__] for name in raw_ops()}:
             patches.enter_context(mock.patch.object(module, "architecture", lambda device: arch))
-        yield result
+        yield
 
 
 def _read(name: str, binary: Any, arch: str, options: Mapping[str, Any]) -> Compiled:

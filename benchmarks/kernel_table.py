@@ -17,10 +17,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
-from benchmarks.compiled import Compiled, compiling
+from benchmarks.compiled import Compiled, compiling, launched_for
 from benchmarks.contenders import PASSES, Recorder
-from benchmarks.gpu.cases import LENGTH
+from benchmarks.gpu.cases import LENGTH, smallest
 from benchmarks.gpu.subjects import MANY, Subject, op_named, posed
 from benchmarks.models import ROOT
 from sap_fast.ops._cases import Problem, every_op, run
@@ -81,9 +82,7 @@ def noted() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        tensors = {x.untyped_storage()._cdata: x for x in args if isinstance(x, Tensor)}
-        size = sum(x.numel() * x.element_size() for x in tensors.values())
-        launches.append(Launch(kernel.__name__, tuple(grid), size, options))
+        launches.append(Launch(kernel.__name__, tuple(grid), _bytes((args, options)), options))
 
     with mock.patch.object(JITFunction, "run", note):
         yield launches
@@ -92,7 +91,7 @@ def noted() -> Iterator[list[Launch]]:
 def launches(subject: Subject, mode: str) -> dict[str, tuple[int, list[Launch]]]:
     """By pass: the bytes that a raw op has to move, and its launches, on tensors without memory."""
     found: dict[str, tuple[int, list[Launch]]] = {}
-    with FakeTensorMode(), noted() as seen:
+    with launched_for(ARCH), FakeTensorMode(), noted() as seen:
         problem = MODES[mode](posed(subject, "cpu", torch.bfloat16))
         marks: list[int] = []
 
@@ -112,7 +111,8 @@ def launches(subject: Subject, mode: str) -> dict[str, tuple[int, list[Launch]]]
 
 
 def _bytes(x: Any) -> int:
-    tensors = {id(t): t for t in torch.utils._pytree.tree_leaves(x) if isinstance(t, Tensor)}
+    """Of all tensors in nested tuples, lists and dicts, each counted once."""
+    tensors = {id(t): t for t in tree_leaves(x) if isinstance(t, Tensor)}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
@@ -130,7 +130,8 @@ def _rows(op: str, model: str, mode: str) -> list[Row]:
     length = LENGTH if op == "attention" else 0
     few, many = (launches(Subject(op, model, count, length), mode) for count in (FEW, MANY))
     with compiling(ARCH) as kernels:
-        run(op_named(op), MODES[mode](posed(Subject(op, model, 16, 16 * bool(length)), "cpu", torch.bfloat16)))
+        subject = smallest(Subject(op, model, FEW, length))
+        run(op_named(op), MODES[mode](posed(subject, "cpu", torch.bfloat16)))
     compiled = {_key(kernel.name, kernel.options): kernel for kernel in kernels}
     found = []
     for pass_ in PASSES:
@@ -145,6 +146,8 @@ def _rows(op: str, model: str, mode: str) -> list[Row]:
 
 
 def _key(name: str, options: Mapping[str, Any]) -> tuple:
+    """What tells a kernel from another, whatever the rows: into how many parts a sum is cut follows from them."""
+    options = {key: value for key, value in options.items() if key != "BLOCKS"}
     return name, tuple(sorted((key, str(value)) for key, value in options.items()))
 
 

@@ -26,6 +26,12 @@ KERNEL_TESTS := $(TEST_ENV) TRITON_INTERPRET=1 .venv/bin/python -m pytest \
 # The oldest supported Triton, put over the release that torch asks for.
 OLDEST_TRITON := triton==3.6.0
 
+# What a machine with a GPU and without network may lack of the peers that are timed there, and of what they import.
+# Their own dependencies are not fetched: torch, transformers, pandas and pyarrow have to be there.
+WHEELS := trl==1.16.0 liger-kernel==0.8.5 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 expecttest==0.3.0
+WHEELS_PYTHON ?= 3.12
+PLATFORMS := $(foreach n,2_28 2_27 2_17 2014 1,--platform manylinux$(if $(findstring _,$(n)),_)$(n)_x86_64)
+
 # Python itself is not built with the sanitizers, so their library has to be there before it. What Python and torch
 # leave allocated at exit is not looked at.
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
@@ -37,7 +43,7 @@ SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-n
 SETUP_FILES := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernels test-compile lint test-oldest sanitize bench clean distclean
+.PHONY: help demo test test-kernels test-compile lint test-oldest sanitize bench wheels clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -78,12 +84,21 @@ sanitize: .venv/.stamp ## run the tests of the C++ kernels with AddressSanitizer
 bench: .venv/.kernels ## run the benchmarks
 	.venv/bin/python -m pytest benchmarks/ --benchmark-only $(ARGS)
 
+wheels: ## fetch what benchmarks.gpu compares with, for a machine without network; DATA=FILE brings real rows along
+	@mkdir -p .carry && rm -rf .carry/wheels
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --implementation cp \
+		--python-version $(WHEELS_PYTHON) $(PLATFORMS) -d .carry/wheels $(WHEELS)
+	@$(if $(DATA),cp -f "$(DATA)" .carry/gsm8k.json)
+	@du -sh .carry | cut -f1 | sed 's/$$/ in .carry. There, before benchmarks.gpu:/'
+	@echo "  python3 -m pip install -q --no-index --no-deps --target /tmp/site .carry/wheels/*.whl &&" \
+		"export PYTHONPATH=/tmp/site"
+
 clean: ## remove caches and build products; environments and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks sap_fast/_C/*.so .venv/.kernels
 	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## ... and the environments too
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-oldest .carry
 
 .venv/.stamp: constraints.txt $(SETUP_FILES)
 	$(call set_up,.venv,constraints.txt)

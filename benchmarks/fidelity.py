@@ -62,6 +62,7 @@ Row = dict[str, Any]
 # Its base model and tokenizer, and the layers to probe.
 MODELS: dict[str, tuple[Callable[[], tuple[Any, Any]], tuple[int, ...]]] = {
     "smollm2": (models.smollm2_base, (11, 20)),
+    "smollm2-shape": (models.smollm2_shape, (11, 20)),
     "llama": (models.llama_base, (3, 5)),
     "random": (models.random_base, (3, 5)),
     "tiny": (models.tiny_base, (1, 2)),

@@ -112,6 +112,11 @@ def qwen_base(
     return _wide_base("qwen2", layers, width, intermediate, heads, kv_heads, vocab, seed, dtype)
 
 
+def smollm2_shape(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, WordTokenizer]:
+    """A random model of SmolLM2-135M's shape, for where its weights are not at hand; drawn on the GPU if there is one."""
+    return _wide_base("llama", 30, 576, 1536, 9, 3, 49152, seed, dtype, tied=True)
+
+
 def _wide_base(
     family: str,
     layers: int,
@@ -122,6 +127,8 @@ def _wide_base(
     vocab: int,
     seed: int,
     dtype: torch.dtype,
+    *,
+    tied: bool = False,
 ) -> tuple[nn.Module, WordTokenizer]:
     """A random model of a family, by transformers' name for it, drawn on the GPU if there is one.
 
@@ -139,7 +146,7 @@ def _wide_base(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=1024,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,

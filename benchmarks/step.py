@@ -52,6 +52,7 @@ BASES: dict[str, Callable[..., tuple[nn.Module, Any]]] = {
     "smollm2": models.smollm2_base,
     "random": models.random_base,
     "tiny": models.tiny_base,
+    "smollm2-shape": models.smollm2_shape,
     "llama-2-7b": partial(models.llama_base, layers=32),
     "qwen2.5-7b": models.qwen_base,
 }

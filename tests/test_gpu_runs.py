@@ -199,12 +199,14 @@ def test_limits_hold_on_a_slow_machine(part: str, limit: float | None, tmp_path:
         names
         == {
             "check": ["compile", "smoke", "tests", "step"],
-            "time": ["again", "ceilings", "step", "fidelity", "ops", "profile", "float8"],
+            "time": ["again", "ceilings", "step", "fidelity", "ops", "profile", "float8", "small"],
         }[part]
     )
     least = dict(runner.ran)
     if limit >= parts.LIMITS[part]:
-        assert all(seconds >= parts.LEAST for stage, seconds in runner.ran if stage != "float8"), runner.ran
+        assert all(seconds >= parts.LEAST for stage, seconds in runner.ran if stage not in ("float8", "small")), (
+            runner.ran
+        )
         # The most telling has most of its time even there.
         assert least["smoke" if part == "check" else "step"] >= 60
 
@@ -457,6 +459,9 @@ def test_the_whole_of_both_parts_runs(tmp_path: Path) -> None:
     assert [stage for stage, _, _ in stages(lines)] == ["compile", "smoke", "tests", "step"]
     right = Counter(item.stage for item in results.items(lines) if item.outcome == "passed")
     assert right["compile"] >= 8 and right["smoke"] >= 24 and right["tests"] >= 8
+    assert {result.values["off"]["y"][1] > 0 for result in results.items(lines) if "rms_norm-full" in result.id} == {
+        True
+    }
     assert {row["contender"] for row in results.rows(lines, "step") if "ms" in row} == {"plain-sft", "lagged"}
     lines = results.read(timed / results.NAME)
     ended = [line["stage"] for line in lines if line["kind"] == "stage" and not line.get("earlier")]

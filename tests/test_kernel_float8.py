@@ -8,6 +8,7 @@ from triton_kernels import INTERPRETED, needs_kernels
 
 pytestmark = [
     needs_kernels[0],
+    pytest.mark.gpu,
     # NumPy, which interprets, remarks on the infinities among the inputs.
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]

@@ -37,6 +37,24 @@ def test_it_does_what_the_own_loop_does(tmp_path: Path) -> None:
         assert torch.equal(weight, weights(inner.model)[name]), name
 
 
+def test_training_batches_stay_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """... where a step packs them; those of evaluation go to the device, since the model's own forward takes them."""
+    prepared: list[Any] = []
+    inner = trainer(tmp_path, {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 1}, eval_dataset=ROWS[:3])
+    prepare = inner._prepare_inputs
+
+    def noted(inputs: Any) -> Any:
+        prepared.append(inner.model.training)
+        return prepare(inputs)
+
+    monkeypatch.setattr(inner, "_prepare_inputs", noted)
+    inner.train()
+    assert prepared and not any(prepared)
+    # A loader of accelerate's puts batches on its device, if it has one.
+    assert inner.get_train_dataloader().device is None and inner.get_eval_dataloader().device is not None
+    assert inner.accelerator.device_placement
+
+
 def test_one_direction_and_one_probe_update_for_each_optimizer_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

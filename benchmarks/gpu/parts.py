@@ -23,7 +23,8 @@ LIMITS = {"check": 260.0, "time": 330.0, "ahead": 1800.0}
 WORKERS = 16
 # The most that a stage may take; what a part has beyond its default goes to the tests, and to the whole steps.
 COMPILING, SMOKE, STEPS = 35.0, 70.0, 65.0
-AGAIN, CEILINGS, FIDELITY, OPS, PROFILE, FLOAT8_STEPS = 40.0, 20.0, 45.0, 50.0, 30.0, 60.0
+AGAIN, CEILINGS, FIDELITY, OPS, PROFILE = 40.0, 20.0, 45.0, 50.0, 30.0
+FLOAT8_STEPS, SMALL_STEPS = 60.0, 45.0
 # With less, no stage begins: its processes would hardly have started.
 LEAST = 8.0
 
@@ -42,9 +43,10 @@ LEFT_OUT = "not compiles_without_a_graph_break"
 TINY_TESTS = ("tests/test_kernels.py", "-k", "test_agrees_with_the_oracle and 5x7 and float32")
 
 # The stages that are one command.
-COMMANDS = ("ceilings", "step", "fidelity", "profile", "float8")
+COMMANDS = ("ceilings", "step", "fidelity", "profile", "float8", "small")
 
-MODEL = "llama-2-7b"
+MODEL, SMALL_MODEL = "llama-2-7b", "smollm2-shape"
+FIDELITY_MODELS = ("llama", "smollm2-shape")
 CHECKED = ("lagged", "graph", "plain-sft")
 # In the order of the goals.
 TIMED = (
@@ -53,6 +55,7 @@ TIMED = (
 )
 # It holds a second copy of the weights, by products that differ between releases of torch: in a process of its own.
 FLOAT8 = ("plain-sft", "lagged", "float8")
+SMALL = ("lagged", "graph", "own-sft", "plain-sft")
 TINY_CONTENDERS = ("tidy", "plain-sft", "own-sft", "lagged")
 
 
@@ -212,13 +215,18 @@ def time_(run: Run) -> None:
     steps = max(run.seconds(float("inf"), keep=FIDELITY + OPS + PROFILE), run.seconds(float("inf")) / 2)
     timed, rounds = (TINY_CONTENDERS, 1) if args.tiny else (TIMED, 30)
     run.command(_steps(run, "step", timed, rounds, steps), steps)
-    fidelity = ["--json", str(run.folder / "fidelity.json"), *(["--tiny"] if args.tiny else ["--models", "llama"])]
+    fidelity = [
+        "--json",
+        str(run.folder / "fidelity.json"),
+        *(["--tiny"] if args.tiny else ["--models", *FIDELITY_MODELS]),
+    ]
     fidelity += [] if args.tiny else ["--device", "cuda"]
     run.command(run.python("fidelity", "benchmarks.fidelity", *fidelity), FIDELITY)
     run.tests(Tests("ops", (OPS_FILE, f"--size={run.size}"), 1, run.environment), OPS)
     profile(run)
     if not args.tiny:  # what is left: no goal is judged by it
         run.command(_steps(run, "float8", FLOAT8, 7, FLOAT8_STEPS), FLOAT8_STEPS)
+        run.command(_steps(run, "small", SMALL, 7, SMALL_STEPS, SMALL_MODEL), SMALL_STEPS)
 
 
 def profile(run: Run) -> None:
@@ -239,7 +247,7 @@ def ahead(run: Run) -> None:
     variants(run, most=float("inf"))
 
 
-def _steps(run: Run, stage: str, contenders: Sequence[str], rounds: int, most: float) -> Command:
+def _steps(run: Run, stage: str, contenders: Sequence[str], rounds: int, most: float, model: str = MODEL) -> Command:
     """Whole steps. The command is given a little less than it may take, so that it ends by itself."""
     only = run.args.only
     chosen = list(contenders)
@@ -250,7 +258,7 @@ def _steps(run: Run, stage: str, contenders: Sequence[str], rounds: int, most: f
     if run.args.tiny:
         arguments += ["--model", "tiny"]
     else:
-        arguments += ["--model", MODEL, "--device", "cuda", "--published-shapes"]
+        arguments += ["--model", model, "--device", "cuda", "--published-shapes"]
     arguments += ["--rows", "real", *(["floor"] if (run.args.part, stage) == ("time", "step") else [])]
     return run.python(stage, "benchmarks.step", *arguments, *_data(run))
 

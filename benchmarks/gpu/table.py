@@ -188,16 +188,16 @@ def _steps(lines: Lines) -> list[str]:
     """Whole steps: the last word on each contender and kind of rows."""
     found: dict[tuple, Mapping[str, Any]] = {}
     text = []
-    facts = [fact for stage in ("step", "float8") for fact in results.rows(lines, stage)]
+    facts = [fact for stage in ("step", "float8", "small") for fact in results.rows(lines, stage)]
     for row in facts:
         if "contender" in row and "ms" in row:
-            found[row["padding"], row["contender"]] = row
+            found[row["stage"], row["padding"], row["contender"]] = row
         elif "contender" in row:
             text.append(f"step: {row['contender']}: {row.get('reason', '')}"[:200])
     steps = [
-        f"{kind:9}{name:25}{row['ms']:9.1f} ms  floor {row['floor_ms']:7.1f}  {row['tflops_per_s']:6.1f} TFLOP/s"
+        f"{stage:7}{kind:6}{name:25}{row['ms']:9.1f} ms  floor {row['floor_ms']:7.1f}  {row['tflops_per_s']:6.1f} TFLOP/s"
         f"{_times(row)}  {row['peak_memory'] / 2**30:5.1f} GiB  {_count(row)}  {row['rounds']} rounds"
-        for (kind, name), row in found.items()
+        for (stage, kind, name), row in found.items()
     ]
     targets = {row["target"]: row for row in facts if "target" in row and row["stage"] == "step"}
     digests = [f"digest {row['digest']['dtype']}: {row['digest']['first']}" for row in facts if "digest" in row]

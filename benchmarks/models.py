@@ -113,7 +113,7 @@ def qwen_base(
 
 
 def smollm2_shape(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, WordTokenizer]:
-    """A random model of SmolLM2-135M's shape, for where its weights are not at hand; drawn on the GPU if there is one."""
+    """A random model of SmolLM2-135M's shape, where its weights are not at hand; drawn on the GPU if there is one."""
     return _wide_base("llama", 30, 576, 1536, 9, 3, 49152, seed, dtype, tied=True)
 
 

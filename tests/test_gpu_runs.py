@@ -288,7 +288,7 @@ def test_a_run_that_is_told_to_stop_writes_its_table(tmp_path: Path) -> None:
 
 def test_what_a_resumed_run_takes_over() -> None:
     run = {"kind": "run", "part": "check"}
-    ended = {"kind": "stage", "stage": "step", "problem": None, "left": 0}
+    ended = {"kind": "stage", "stage": "step", "problem": None, "left": 0, "only": None}
     lines = [
         run,
         {"kind": "begin", "id": "cut"},
@@ -297,6 +297,7 @@ def test_what_a_resumed_run_takes_over() -> None:
         {"kind": "row", "stage": "step", "ms": 1.0},
         ended,
         ended | {"stage": "ops", "left": 3},
+        ended | {"stage": "smoke", "only": "*glu*"},
     ]
     same, other = results.carried_over(lines, "check"), results.carried_over(lines, "time")
     assert all(line["earlier"] for line in same)

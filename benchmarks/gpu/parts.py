@@ -131,16 +131,19 @@ class Run:
         return min(most, self.end - self._clock() - keep)
 
     def done(self, stage: str) -> bool:
-        """Whether an earlier run has come to the end of a stage."""
+        """Whether an earlier run has come to the end of a stage, and nothing in it was wrong."""
         lines = results.read(self.runner.found)
-        return any(line["kind"] == "stage" and line["stage"] == stage and line.get("earlier") for line in lines)
+        ended = any(line["kind"] == "stage" and line["stage"] == stage and line.get("earlier") for line in lines)
+        wrong = results.wrong(lines)
+        return ended and not any(item.stage == stage and item.id in wrong for item in results.items(lines))
 
     def tests(self, tests: Tests, most: float, keep: float = 0.0) -> None:
         """Run a stage of tests, if there is time for it and ``--only`` has something in it."""
         name, colons, _ = (self.args.only or "*").partition("::")
         files = [word for word in tests.arguments if word.endswith(".py")]
         elsewhere = name.partition("/")[0] in COMMANDS
-        if any(results.matches(file, name) for file in files) if colons else not elsewhere:
+        wanted = any(results.matches(file, name) for file in files) if colons else not elsewhere
+        if wanted and not self.done(tests.stage):
             self._run(tests.stage, lambda seconds: self.runner.tests(tests, seconds), most, keep)
 
     def command(self, command: Command, most: float, keep: float = 0.0) -> None:

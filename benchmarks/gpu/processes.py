@@ -199,7 +199,7 @@ class Runner:
         """Note that a stage is over."""
         problem = "; ".join(dict.fromkeys(problems)) or None
         line = {"kind": "stage", "stage": stage, "seconds": round(seconds, 1), "problem": problem, "left": left}
-        results.append(self.found, line)
+        results.append(self.found, line | {"only": self.only})
 
 
 class _Share:

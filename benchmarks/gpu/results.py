@@ -3,7 +3,8 @@
 ``results.jsonl`` holds JSON objects, told apart by ``kind``:
 
 - ``run``: where it runs, what it was called with; the first line of each run;
-- ``stage``: a stage has ended, after how many seconds, and with which problem if it had one;
+- ``stage``: a stage has ended, after how many seconds, with which problem if it had one, how many of its tests were
+  left out for want of time, and to which of them ``only`` held it;
 - ``begin`` and ``result``: an item, which is one test, has begun, and how it ended (:class:`Item`);
 - ``row``: a measurement; its ``stage`` says of what;
 - ``share``: one of a stage's processes has come to its end, and what it has left out for want of time.
@@ -123,7 +124,7 @@ def carried_over(lines: Iterable[Mapping[str, Any]], part: str) -> list[Line]:
     same = [line["part"] for line in lines if line["kind"] == "run"][-1:] == [part]
 
     def wanted(line: Mapping[str, Any]) -> bool:
-        ended = line["kind"] == "stage" and not line["problem"] and not line["left"]
+        ended = line["kind"] == "stage" and not (line["problem"] or line["left"] or line["only"])
         return line["kind"] == "result" or (same and (ended or line["kind"] == "row"))
 
     return [{**line, "earlier": True} for line in lines if wanted(line)]

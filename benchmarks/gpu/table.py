@@ -134,9 +134,8 @@ def _stages(lines: Lines, items: Sequence[Item]) -> list[str]:
     for item in items:
         counts[item.stage][item.outcome] += 1
     text = []
-    for line in lines:
-        if line["kind"] != "stage":
-            continue
+    # Of a stage that this run has gone on with, what this run says.
+    for line in {line["stage"]: line for line in lines if line["kind"] == "stage"}.values():
         found = counts[line["stage"]]
         told = [f"{found[o]} {o}" for o in (PASSED, FAILED, DIED, HUNG, SKIPPED) if found[o]]
         told += [f"{line['left']} left out for want of time"] if line["left"] else []
@@ -195,8 +194,8 @@ def _steps(lines: Lines) -> list[str]:
         elif "contender" in row:
             text.append(f"step: {row['contender']}: {row.get('reason', '')}"[:200])
     steps = [
-        f"{stage:7}{kind:6}{name:25}{row['ms']:9.1f} ms  floor {row['floor_ms']:7.1f}  {row['tflops_per_s']:6.1f} TFLOP/s"
-        f"{_times(row)}  {row['peak_memory'] / 2**30:5.1f} GiB  {_count(row)}  {row['rounds']} rounds"
+        f"{stage:7}{kind:6}{name:25}{row['ms']:9.1f} ms  floor {row['floor_ms']:7.1f}  "
+        f"{row['tflops_per_s']:6.1f} TFLOP/s{_times(row)}  {row['peak_memory'] / 2**30:5.1f} GiB  {_count(row)}  {row['rounds']} rounds"
         for (stage, kind, name), row in found.items()
     ]
     targets = {row["target"]: row for row in facts if "target" in row and row["stage"] == "step"}

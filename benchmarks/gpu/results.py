@@ -124,7 +124,7 @@ def carried_over(lines: Iterable[Mapping[str, Any]], part: str) -> list[Line]:
     same = [line["part"] for line in lines if line["kind"] == "run"][-1:] == [part]
 
     def wanted(line: Mapping[str, Any]) -> bool:
-        ended = line["kind"] == "stage" and not (line["problem"] or line["left"] or line["only"])
+        ended = line["kind"] == "stage" and not (line["problem"] or line["left"] or line.get("only"))
         return line["kind"] == "result" or (same and (ended or line["kind"] == "row"))
 
     return [{**line, "earlier": True} for line in lines if wanted(line)]

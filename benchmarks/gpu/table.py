@@ -195,7 +195,8 @@ def _steps(lines: Lines) -> list[str]:
             text.append(f"step: {row['contender']}: {row.get('reason', '')}"[:200])
     steps = [
         f"{stage:7}{kind:6}{name:25}{row['ms']:9.1f} ms  floor {row['floor_ms']:7.1f}  "
-        f"{row['tflops_per_s']:6.1f} TFLOP/s{_times(row)}  {row['peak_memory'] / 2**30:5.1f} GiB  {_count(row)}  {row['rounds']} rounds"
+        f"{row['tflops_per_s']:6.1f} TFLOP/s{_times(row)}  {row['peak_memory'] / 2**30:5.1f} GiB  "
+        f"{_count(row)}  {row['rounds']} rounds"
         for (stage, kind, name), row in found.items()
     ]
     targets = {row["target"]: row for row in facts if "target" in row and row["stage"] == "step"}

@@ -7,16 +7,21 @@ The library computes on packed rows ``[rows, d]``; padding never reaches a kerne
     labels          [B, T] int64, unshifted: labels[b, t] is token t of sequence b or -100 (not scored)
 
 and pairs are the same with ``B = 2P``: all chosen rows first, then all rejected, in the same order.
+
+All of this is done on the host, in NumPy, while the device is busy with the step before; ``sap_fast/transfer.py`` brings
+the result to the device. A batch that lies there already has to be read first.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sap_fast.errors import BatchError
 from sap_fast.ops.take_rows import RowIndex
+from sap_fast.transfer import fetched, sent
 
 IGNORED = -100
 _KEYS = {"input_ids", "attention_mask", "labels"}
@@ -37,7 +42,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Padding:
-    """What of rows of static shapes is dead (``sap_fast/buckets.py``), on the device.
+    """What of rows of static shapes is dead (``sap_fast/buckets.py``).
 
     ``tokens [tokens]`` and ``labels [M]`` bool: which of them; ``scored`` 0-dim: how many labels are not.
     """
@@ -49,7 +54,7 @@ class Padding:
 
 @dataclass(frozen=True)
 class Rows:
-    """A packed batch.
+    """A packed batch: on the host as it is made, on the device once it is sent.
 
     ``input_ids, position_ids [rows]`` (a position is the token's column in the padded batch, as transformers
     counts); ``cu_seqlens [B + 1]`` int32 and ``max_seqlen``, both of rows; ``labelled``: takes the rows that predict
@@ -83,7 +88,7 @@ class Rows:
 
     @property
     def scored(self) -> Count:
-        """How many tokens are scored; of padded rows 0-dim, on the device."""
+        """How many tokens are scored; of padded rows a 0-dim tensor."""
         return self.labels.shape[0] if self.padding is None else self.padding.scored
 
 
@@ -96,10 +101,12 @@ def pack(
     name: str = "batch",
     may_lack_labels: bool = False,
 ) -> Rows:
-    """Check a batch and pack it.
+    """Check a batch and pack it on the host, and send it to the model's device by one copy.
 
     Args:
+        batch: on the host, or on the device, which is then waited for once.
         vocab_size: of the output head, which bounds the labels.
+        device: of the model.
         embeddings: rows of the embedding table, which bounds the token ids; ``vocab_size`` if None.
         name: what errors call the batch.
         may_lack_labels: whether nothing to score is let pass, as in a part of a batch.
@@ -108,6 +115,35 @@ def pack(
         BatchError: missing, unknown or misshapen entries; another device; token ids or labels out of range;
             a mask with holes; labels on padding; nothing to score.
     """
+    rows = packed(
+        batch, vocab_size=vocab_size, device=device, embeddings=embeddings, name=name, may_lack_labels=may_lack_labels
+    )
+    return sent(rows, device)
+
+
+def pack_pairs(
+    pairs: Mapping[str, Tensor], *, vocab_size: int, device: torch.device, embeddings: int | None = None
+) -> Rows:
+    """Check pairs and pack them, as :func:`pack`; chosen sequences are the first half.
+
+    Raises:
+        BatchError: as :func:`pack`; an odd number of rows; a pair without scored tokens on a side; a pair
+            whose chosen and rejected rows are equal, which has no direction.
+    """
+    return sent(packed_pairs(pairs, vocab_size=vocab_size, device=device, embeddings=embeddings), device)
+
+
+def packed(
+    batch: Mapping[str, Tensor],
+    *,
+    vocab_size: int,
+    device: torch.device,
+    embeddings: int | None = None,
+    name: str = "batch",
+    may_lack_labels: bool = False,
+) -> Rows:
+    """:func:`pack`, whose rows stay on the host."""
+    (batch,) = fetched([batch], device)
     if not isinstance(batch, Mapping):
         raise BatchError(f"{name} must be a dict of tensors, but is a {type(batch).__name__}")
     if missing := {"input_ids", "labels"} - batch.keys():
@@ -116,91 +152,72 @@ def pack(
         raise BatchError(
             f"{name} holds {sorted(unknown)}, which the pair forward does not read; pass only {sorted(_KEYS)}"
         )
-    input_ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask")
-    mask = torch.ones_like(input_ids) if mask is None else mask
-    if input_ids.ndim != 2 or input_ids.numel() == 0:
-        raise BatchError(f"{name}['input_ids'] must be [B, T] and not empty, but has shape {tuple(input_ids.shape)}")
-    for key, x in (("input_ids", input_ids), ("labels", labels), ("attention_mask", mask)):
-        if x.shape != input_ids.shape:
+    entries = {"input_ids": batch["input_ids"], "labels": batch["labels"]}
+    entries |= {} if mask is None else {"attention_mask": mask}
+    if other := [key for key, x in entries.items() if not isinstance(x, Tensor)]:
+        raise BatchError(f"{name} holds {other}, which are no tensors")
+    shape = batch["input_ids"].shape
+    if len(shape) != 2 or shape.numel() == 0:
+        raise BatchError(f"{name}['input_ids'] must be [B, T] and not empty, but has shape {tuple(shape)}")
+    for key, x in entries.items():
+        if x.shape != shape:
+            raise BatchError(f"{name}['{key}'] has shape {tuple(x.shape)}, but input_ids {tuple(shape)}; they must agree")
+        if x.device.type != "cpu":
             raise BatchError(
-                f"{name}['{key}'] has shape {tuple(x.shape)}, but input_ids {tuple(input_ids.shape)}; they must agree"
+                f"{name}['{key}'] is on {x.device}, but the model on {device}; leave the batch on the host (the CPU), "
+                "or move it there"
             )
-        if x.device != device:
-            raise BatchError(f"{name}['{key}'] is on {x.device}, but the model on {device}; move the batch there")
         if x.is_floating_point() or x.is_complex():
             raise BatchError(f"{name}['{key}'] must hold integers, but is {x.dtype}")
 
-    real = mask != 0
+    input_ids, labels, real = _arrays(batch)
     # labels[:, t + 1] is predicted by row t; the first token of a sequence has no predecessor and is not scored.
     scored = (labels[:, 1:] != IGNORED) & real[:, :-1] & real[:, 1:]
     _check_values(name, input_ids, labels, real, scored, (embeddings or vocab_size, vocab_size), may_lack_labels)
 
     lengths = real.sum(1)
-    row = real.flatten().cumsum(0).view_as(mask) - 1
-    sequence, column = scored.nonzero(as_tuple=True)
+    row = real.cumsum().reshape(real.shape) - 1
+    sequence, column = scored.nonzero()
     return Rows(
-        input_ids=input_ids[real].long(),
-        position_ids=torch.arange(mask.shape[1], device=device).expand_as(mask)[real],
-        cu_seqlens=torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int(),
+        input_ids=torch.from_numpy(input_ids[real]),
+        position_ids=torch.from_numpy(real.nonzero()[1]),
+        cu_seqlens=torch.from_numpy(np.concatenate(([0], lengths.cumsum())).astype(np.int32)),
         max_seqlen=int(lengths.max()),
-        labelled=RowIndex.of(row[sequence, column], int(lengths.sum())),
-        labels=labels[sequence, column + 1].long(),
-        label_sequence=sequence,
-        sequences=mask.shape[0],
+        labelled=row_index(row[sequence, column], int(lengths.sum())),
+        labels=torch.from_numpy(labels[sequence, column + 1]),
+        label_sequence=torch.from_numpy(sequence),
+        sequences=len(real),
     )
 
 
-def _check_values(
-    name: str,
-    input_ids: Tensor,
-    labels: Tensor,
-    real: Tensor,
-    scored: Tensor,
-    limits: tuple[int, int],
-    may_lack_labels: bool,
-) -> None:
-    """Refuse bad values. All tests are made on the device and read in one copy."""
-    embeddings, vocab_size = limits
-    labelled = labels != IGNORED
-    bad_ids = real & ((input_ids < 0) | (input_ids >= embeddings))
-    bad_labels = labelled & ((labels < 0) | (labels >= vocab_size))
-    # One run of real tokens a row: its length is the distance from the first to the last.
-    t = torch.arange(real.shape[1], device=real.device)
-    first = torch.where(real, t, real.shape[1]).amin(1)
-    last = torch.where(real, t, -1).amax(1)
-    holes = (last - first + 1).clamp_min(0) != real.sum(1)
-    counts = torch.stack(
-        [
-            bad_ids.sum(),
-            bad_labels.sum(),
-            holes.sum(),
-            (labelled & ~real).sum(),
-            scored.sum(),
-            (~real).all(1).sum(),
-        ]
-    )
-    ids, bad, hollow, padded, kept, empty = counts.tolist()
-    if ids:
-        raise BatchError(
-            f"{name} has {ids} token ids outside [0, {embeddings}), the model's vocabulary: was it made "
-            "with this model's tokenizer?"
-        )
-    if bad:
-        raise BatchError(f"{name} has {bad} labels outside [0, {vocab_size}) that are not {IGNORED} (not scored)")
-    if empty:
-        raise BatchError(f"{name} has {empty} rows without a real token (attention_mask all 0); drop them")
-    if hollow:
-        raise BatchError(
-            f"{name} has {hollow} rows whose attention_mask is not one run of ones; pad on the left or the right only"
-        )
-    if padded:
-        raise BatchError(f"{name} has {padded} labels where attention_mask is 0; set labels to {IGNORED} on padding")
-    if not kept and not may_lack_labels:
-        raise BatchError(
-            f"{name} has no scored token: all labels are {IGNORED} (or on a sequence's first token). "
-            "Was the answer truncated away, or the whole text masked as prompt?"
-        )
+def packed_pairs(
+    pairs: Mapping[str, Tensor], *, vocab_size: int, device: torch.device, embeddings: int | None = None
+) -> Rows:
+    """:func:`pack_pairs`, whose rows stay on the host."""
+    (pairs,) = fetched([pairs], device)
+    rows = packed(pairs, vocab_size=vocab_size, device=device, embeddings=embeddings, name="pairs")
+    if rows.sequences % 2:
+        raise BatchError(f"pairs has {rows.sequences} rows; it must be even: all chosen rows first, then all rejected")
+    half = rows.sequences // 2
+    input_ids, labels, real = _arrays(pairs)
+    silent = np.bincount(rows.label_sequence.numpy(), minlength=rows.sequences) == 0
+    ids = np.where(real, input_ids, -1)
+    same = ((ids[:half] == ids[half:]) & (labels[:half] == labels[half:])).all(1)
+    if silent.any():
+        side, index = divmod(int(silent.argmax()), half)
+        sides = ("chosen", "rejected")
+        raise BatchError(f"pair {index} has no scored token on its {sides[side]} side; was its answer truncated away?")
+    if same.any():
+        raise BatchError(f"pair {same.argmax()} has equal chosen and rejected rows, so it points nowhere; drop it")
+    return rows
+
+
+def row_index(rows: np.ndarray, count: int) -> RowIndex:
+    """:meth:`RowIndex.of` on the host: the index that takes ``rows [taken]`` int64 of ``count`` ones."""
+    offsets = np.zeros(count + 1, np.int64)
+    np.cumsum(np.bincount(rows, minlength=count), out=offsets[1:])
+    return RowIndex(*map(torch.from_numpy, (rows, offsets, rows.argsort(kind="stable"))))
 
 
 def drawn(batch: Mapping[str, Tensor], sequences: list[int]) -> dict[str, Tensor]:
@@ -209,29 +226,45 @@ def drawn(batch: Mapping[str, Tensor], sequences: list[int]) -> dict[str, Tensor
     return {key: x.index_select(0, index) for key, x in batch.items()}
 
 
-def pack_pairs(
-    pairs: Mapping[str, Tensor], *, vocab_size: int, device: torch.device, embeddings: int | None = None
-) -> Rows:
-    """Check pairs and pack them; chosen sequences are the first half.
+def _arrays(batch: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``(input_ids, labels, whether a token is real)``, each ``[B, T]``, the numbers int64."""
+    input_ids, labels = (batch[key].numpy().astype(np.int64, copy=False) for key in ("input_ids", "labels"))
+    mask = batch.get("attention_mask")
+    return input_ids, labels, np.ones(input_ids.shape, bool) if mask is None else mask.numpy() != 0
 
-    Raises:
-        BatchError: as :func:`pack`; an odd number of rows; a pair without scored tokens on a side; a pair
-            whose chosen and rejected rows are equal, which has no direction.
-    """
-    rows = pack(pairs, vocab_size=vocab_size, device=device, embeddings=embeddings, name="pairs")
-    if rows.sequences % 2:
-        raise BatchError(f"pairs has {rows.sequences} rows; it must be even: all chosen rows first, then all rejected")
-    half = rows.sequences // 2
-    scored = torch.bincount(rows.label_sequence, minlength=rows.sequences)
-    mask = pairs.get("attention_mask")
-    visible = torch.ones_like(pairs["input_ids"], dtype=torch.bool) if mask is None else mask != 0
-    ids = torch.where(visible, pairs["input_ids"], -1)
-    equal = ((ids[:half] == ids[half:]) & (pairs["labels"][:half] == pairs["labels"][half:])).all(1)
-    silent, same = (scored == 0).tolist(), equal.tolist()
-    if any(silent):
-        side, index = divmod(silent.index(True), half)
-        sides = ("chosen", "rejected")
-        raise BatchError(f"pair {index} has no scored token on its {sides[side]} side; was its answer truncated away?")
-    if any(same):
-        raise BatchError(f"pair {same.index(True)} has equal chosen and rejected rows, so it points nowhere; drop it")
-    return rows
+
+def _check_values(
+    name: str,
+    input_ids: np.ndarray,
+    labels: np.ndarray,
+    real: np.ndarray,
+    scored: np.ndarray,
+    limits: tuple[int, int],
+    may_lack_labels: bool,
+) -> None:
+    """Refuse bad values."""
+    embeddings, vocab_size = limits
+    labelled = labels != IGNORED
+    # One run of real tokens a row begins once.
+    begins = real.copy()
+    begins[:, 1:] &= ~real[:, :-1]
+    if ids := (real & ((input_ids < 0) | (input_ids >= embeddings))).sum():
+        raise BatchError(
+            f"{name} has {ids} token ids outside [0, {embeddings}), the model's vocabulary: was it made "
+            "with this model's tokenizer?"
+        )
+    if bad := (labelled & ((labels < 0) | (labels >= vocab_size))).sum():
+        raise BatchError(f"{name} has {bad} labels outside [0, {vocab_size}) that are not {IGNORED} (not scored)")
+    if empty := (~real.any(1)).sum():
+        raise BatchError(f"{name} has {empty} rows without a real token (attention_mask all 0); drop them")
+    if hollow := (begins.sum(1) > 1).sum():
+        raise BatchError(
+            f"{name} has {hollow} rows whose attention_mask is not one run of ones; pad on the left or the right only"
+        )
+    if padded := (labelled & ~real).sum():
+        raise BatchError(f"{name} has {padded} labels where attention_mask is 0; set labels to {IGNORED} on padding")
+    if not may_lack_labels and not scored.any():
+        raise BatchError(
+            f"{name} has no scored token: all labels are {IGNORED} (or on a sequence's first token). "
+            "Was the answer truncated away, or the whole text masked as prompt?"
+        )

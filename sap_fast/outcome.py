@@ -17,6 +17,7 @@ from sap_fast.passes import Gradients, Micro, Parts
 from sap_fast.probe import Probe
 from sap_fast.report import StepReport
 from sap_fast.rhythm import Rhythm
+from sap_fast.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Given:
-    """All that a step is computed from, beside the model.
+    """All that a step is computed from, beside the model. Its rows are on the host until they are sent.
 
     ``pairs``: packed, if this step finds a direction; ``plain``: without pairs there is neither a direction nor a
     probe; ``probes``: whether this step finds a probe; ``delayed``: whether the pairs run with the task, which uses the
@@ -65,6 +66,21 @@ class Given:
         parts = None if task.parts is None else [(part(some), part(others)) for some, others in task.parts]
         task = Task([micro(x) for x in task.micros], parts)
         return replace(self, task=task, pairs=None if pairs is None else padded(pairs, pairs=True))
+
+    def sent(self, device: torch.device) -> "Given":
+        """... with its rows on the model's device, by one copy that is not waited for."""
+        task, pairs = sent((self.task, self.pairs), device)
+        return replace(self, task=task, pairs=pairs)
+
+    def counted(self, report: StepReport) -> StepReport:
+        """A report on padded rows, or one that was recorded, with the numbers of tokens that are these rows' own."""
+        micros, pairs = self.task.micros, self.pairs
+        return replace(
+            report,
+            tokens=sum(m.rows.tokens for m in micros),
+            scored_tokens=sum(len(m.rows.labels) for m in micros),
+            safety_tokens=0 if pairs is None else pairs.tokens,
+        )
 
 
 @dataclass(frozen=True)

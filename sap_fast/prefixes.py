@@ -16,8 +16,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from sap_fast.batch import Rows, Shared
-from sap_fast.ops.take_rows import RowIndex
+from sap_fast.batch import Rows, Shared, row_index
 
 # Of the tokens, that must be saved at least. A row through all matrices of a layer costs about seventy times what it
 # costs to spread its key and value (bytes against FLOPs of Llama-2-7B on an H200, by arithmetic).
@@ -25,13 +24,15 @@ _WORTHWHILE = 1 / 16
 
 
 def share_prefixes(rows: Rows) -> Rows:
-    """Merge the rows of sequences that begin with the same tokens in the same columns. Reads the ids from the device.
+    """Merge the rows of sequences that begin with the same tokens in the same columns.
+
+    Args:
+        rows: on the host.
 
     Returns:
         The same batch on fewer rows; ``rows`` itself if too few would be saved.
     """
-    ids, positions = torch.stack((rows.input_ids, rows.position_ids)).cpu().numpy()
-    bounds = rows.cu_seqlens.cpu().numpy()
+    ids, positions, bounds = (x.numpy() for x in (rows.input_ids, rows.position_ids, rows.cu_seqlens))
     sequences = [ids[a:b] for a, b in pairwise(bounds)]
     node = _nodes(sequences, [int(positions[a]) for a in bounds[:-1]])
     _, first, row = np.unique(node, return_index=True, return_inverse=True)
@@ -42,20 +43,15 @@ def share_prefixes(rows: Rows) -> Rows:
     rank[first.argsort()] = np.arange(len(first))
     row, first = rank[row], np.sort(first)
 
-    def there(x: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(x).to(rows.input_ids.device)
-
     owned = np.searchsorted(first, bounds).astype(np.int32)
-    spread = _index(row, len(first))
-    labelled = _index(row[rows.labelled.rows.cpu().numpy()], len(first))
     return replace(
         rows,
-        input_ids=rows.input_ids[there(first)],
-        position_ids=rows.position_ids[there(first)],
-        cu_seqlens=there(owned),
+        input_ids=torch.from_numpy(ids[first]),
+        position_ids=torch.from_numpy(positions[first]),
+        cu_seqlens=torch.from_numpy(owned),
         max_seqlen=int(np.diff(owned).max()),
-        labelled=RowIndex(*map(there, labelled)),
-        shared=Shared(RowIndex(*map(there, spread)), rows.cu_seqlens, rows.max_seqlen),
+        labelled=row_index(row[rows.labelled.rows.numpy()], len(first)),
+        shared=Shared(row_index(row, len(first)), rows.cu_seqlens, rows.max_seqlen),
     )
 
 
@@ -79,10 +75,3 @@ def _nodes(sequences: Sequence[np.ndarray], starts: Sequence[int]) -> np.ndarray
         count += new
         before = i
     return np.concatenate(nodes)
-
-
-def _index(rows: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
-    """:meth:`RowIndex.of` on the host, where the numbers are known already."""
-    offsets = np.zeros(count + 1, np.int64)
-    np.cumsum(np.bincount(rows, minlength=count), out=offsets[1:])
-    return rows, offsets, rows.argsort(kind="stable")

@@ -103,6 +103,7 @@ class SAP:
             raise ValueError("batch is an empty sequence; give at least one micro-batch")
         rhythm, config = self._state.rhythm, self.config
         packer = Packer.of(decoder, config)
+        *batches, pairs = packer.fetched([*batches, pairs])
         rows = [packer.task(b, name) for b, name in zip(batches, names, strict=True)]
         pair_rows = None if pairs is None else packer.pairs(pairs)
         directs = pair_rows is not None and rhythm.directs(config)
@@ -119,10 +120,14 @@ class SAP:
         delayed = config.delayed_direction and directs and self._state.direction is not None
         state = replace(self._state, rhythm=Rhythm())
         given = Given(Task(micros, parts), found_from, state, plain=pair_rows is None, probes=probes, delayed=delayed)
-        outcome = self._outcome(given)
+        captures = self._graphs is not None and self._graphs.active
+        sent = (given.padded() if captures else given).sent(decoder.device)
+        # Only now, with all of this step's on its way: the device has been busy with the last one until here.
+        self._settle()
+        outcome = self._outcome(sent)
         self._check(outcome)
         self._commit(outcome)
-        return outcome.report
+        return given.counted(outcome.report) if captures else outcome.report
 
     def detach(self) -> None:
         """Let go of the model. It is then exactly what it was before ``attach``, its ``.grad`` aside.
@@ -166,7 +171,6 @@ class SAP:
 
     def _ready(self) -> Decoder:
         decoder = self._decoder
-        self._settle()
         if torch.is_autocast_enabled(decoder.device.type):
             raise RuntimeError(
                 "step runs in the dtype of the model's weights: leave the autocast region, and for bfloat16 "
@@ -191,15 +195,7 @@ class SAP:
         if self._graphs is None or not self._graphs.active:
             outcome = self._compute(given)
         else:
-            outcome = self._graphs.run(self._compute, given.padded())
-            micros, pairs = given.task.micros, given.pairs
-            report = replace(
-                outcome.report,
-                tokens=sum(m.rows.tokens for m in micros),
-                scored_tokens=sum(len(m.rows.labels) for m in micros),
-                safety_tokens=0 if pairs is None else pairs.tokens,
-            )
-            outcome = replace(outcome, report=report)
+            outcome = self._graphs.run(self._compute, given)
         rhythm, config, before = self._state.rhythm, self.config, self._state.direction
         if not given.plain:
             rhythm = rhythm.after(directed=outcome.direction is not None)

@@ -1,0 +1,83 @@
+"""What crosses between the host and the model's device in a step: its batch, at most once in each direction.
+
+Batches are checked and packed on the host. What lies there already costs no wait: the packed arrays go to the device
+by one asynchronous copy, which the host only enqueues. What lies on the device is read first, by one copy that the
+host has to wait for, and with it for all that the device was given before. A model on the CPU needs neither.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sap_fast.tensors import T, rebuilt, tensors_of
+
+# Bytes. What CUDA promises of an allocation, so that kernels find each array aligned as one of its own.
+_ALIGNMENT = 256
+
+
+def fetched(batches: Sequence[Any], device: torch.device) -> list[Any]:
+    """Batches whose integers lie on the host: all that is on ``device`` is read by one copy, the only wait.
+
+    Args:
+        batches: dicts of tensors. Whatever else is among them is left as it is, for the checks to name.
+        device: of the model.
+
+    Returns:
+        The batches in order; what was read is int64.
+    """
+    if device.type == "cpu":
+        return list(batches)
+    mappings = [batch for batch in batches if isinstance(batch, Mapping)]
+    there = {id(x): x for batch in mappings for x in batch.values() if _is_read(x, device)}
+    if not there:
+        return list(batches)
+    flat = torch.cat([x.reshape(-1).long() for x in there.values()]).cpu()
+    parts = flat.split([x.numel() for x in there.values()])
+    here = {key: part.view(x.shape) for (key, x), part in zip(there.items(), parts, strict=True)}
+    return [
+        {name: here.get(id(x), x) for name, x in batch.items()} if isinstance(batch, Mapping) else batch
+        for batch in batches
+    ]
+
+
+def _is_read(x: Any, device: torch.device) -> bool:
+    return isinstance(x, Tensor) and x.device == device and not (x.is_floating_point() or x.is_complex())
+
+
+def sent(x: T, device: torch.device) -> T:
+    """``x`` with its host tensors on a device, sent by one copy that nobody waits for; ``x`` itself for the CPU.
+
+    The copy starts from pinned memory of torch's own, which it hands out again only once the copy is over, so that
+    steps may follow one another without looking.
+
+    Args:
+        x: nested dataclasses, tuples, lists and dicts of tensors. Those on a device stay what they are.
+        device: where to.
+
+    Returns:
+        The same with views of one allocation, each at a multiple of 256 bytes.
+    """
+    if device.type == "cpu":
+        return x
+    arrays = {id(t): t.contiguous() for t in tensors_of(x)[0] if t.device.type == "cpu"}
+    if not arrays:
+        return x
+    offsets, size = {}, 0
+    for key, array in arrays.items():
+        offsets[key] = size
+        size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    raw = buffer.numpy()
+    for key, array in arrays.items():
+        raw[offsets[key] : offsets[key] + array.nbytes] = array.view(-1).view(torch.uint8).numpy()
+    there = buffer.to(device, non_blocking=True)
+    typed = {dtype: there.view(dtype) for dtype in {array.dtype for array in arrays.values()}}
+
+    def placed(t: Tensor) -> Tensor:
+        if (array := arrays.get(id(t))) is None:
+            return t
+        return typed[t.dtype].as_strided(array.shape, array.stride(), offsets[id(t)] // t.itemsize)
+
+    return rebuilt(x, placed)

@@ -78,6 +78,12 @@ class SAP:
 
         As after ``backward()``, ``.grad`` is the sum over steps until it is zeroed; each step puts a new tensor there.
 
+        Leave batches on the host (CPU tensors), whatever the model's device: they are packed there and sent by a copy
+        that nothing waits for. Batches on the model's device cost one wait for it, all of them together, since they
+        have to be read first. Beside that, a step waits for the device once: for its numbers, before ``.grad`` is
+        written; with ``check="deferred"`` for those of the last step, once this one's batch is packed; and with
+        ``direction_min_cosine`` for each new direction.
+
         Args:
             batch: a dict of ``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]`` (``labels`` unshifted,
                 -100 = not scored), or a sequence of such micro-batches: the loss is the mean over all their
@@ -90,9 +96,9 @@ class SAP:
             What was measured.
 
         Raises:
-            BatchError: a malformed batch, before any work is done.
+            BatchError: a malformed batch, before any work is done; one on another device than the host and the model's.
             StepRefusedError: numbers that are not finite, or no direction; nothing was written. With
-                ``check="deferred"`` it is raised by the next step.
+                ``check="deferred"`` it is raised by the next step, if its batch is well-formed.
             UnsupportedModelError: the model was changed since ``attach``.
             RuntimeError: after ``detach``; inside an autocast region.
         """

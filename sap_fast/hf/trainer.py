@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -139,6 +140,23 @@ class SAPTrainer(Trainer):
             self._sap = None
             self._micros.clear()
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As ``Trainer.get_train_dataloader``, with batches that stay on the host, where a step packs them."""
+        accelerator = self.accelerator
+        kept = accelerator.device_placement
+        # Unless asked to dispatch batches itself (accelerator_config): it does so from the device alone.
+        accelerator.device_placement = kept and bool(accelerator.dispatch_batches)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            accelerator.device_placement = kept
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """As ``Trainer.get_batch_samples``; its count of scored tokens, which no step reads, stays on the host."""
+        return super().get_batch_samples(epoch_iterator, num_batches, torch.device("cpu"))
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -152,12 +170,12 @@ class SAPTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedule-free optimizers
-        self._micros.append(self._prepare_inputs(inputs))
+        self._micros.append(inputs)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         micros = self._micros.copy()
         self._micros.clear()
-        pairs = self._prepare_inputs(self._collate_pairs(next(self._pairs)))
+        pairs = self._collate_pairs(next(self._pairs))
         with _unpatched(model):
             report = self._sap.step(micros, pairs)
             # The optimizer comes next: with check="deferred", too, it must not be given what is not finite.

@@ -1,7 +1,7 @@
 """The training steps that are compared: plain fine-tuning by PEFT's own passes and by the library's, and SAP.
 
-A step of each is all that a training loop does with a batch: to the device, the passes, the optimizer. The optimizer
-steps over copies of the trained weights, so that the model's are never written.
+A step of each is all that a training loop does with a batch: to the device (the library's own steps do that
+themselves), the passes, the optimizer. The optimizer steps over copies of the trained weights, so that the model's are never written.
 """
 
 from collections.abc import Callable, Mapping
@@ -140,7 +140,7 @@ class Steps:
         begin("data")
         self._listen(begin)
         device = self._decoder.device
-        self._sap.step(on_device(batch, device), None if pairs is None else on_device(pairs, device))
+        self._sap.step(for_step(batch, device), None if pairs is None else for_step(pairs, device))
         begin("optimizer")
         self._optimizer.step()
 
@@ -160,6 +160,11 @@ class Steps:
         decoder = self._decoder if begin is ignored else Observed.of(self._decoder, begin, self._cut)
         attached: tuple[Any, Snapshot] = decoder, self._snapshot
         self._sap._attached = attached
+
+
+def for_step(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """A batch as a step takes it: what is on the host stays there, and the rest is brought to the model's device."""
+    return {key: x if x.device.type == "cpu" else x.to(device) for key, x in batch.items()}
 
 
 def on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from sap_fast.config import SAPConfig
 from sap_fast.decoder import Decoder
 from sap_fast.errors import BatchError
 from sap_fast.packing import Packer
-from sap_fast.profile.contenders import Batch, on_device
+from sap_fast.profile.contenders import Batch, for_step
 from sap_fast.profile.files import why_taken
 
 
@@ -120,4 +120,4 @@ def _there(batch: Any, name: str, decoder: Decoder) -> dict[str, Tensor]:
         )
     if other := [key for key, x in batch.items() if not isinstance(x, Tensor)]:
         raise BatchError(f"{name} holds {other}, which are no tensors")
-    return on_device(batch, decoder.device)
+    return for_step(batch, decoder.device)

@@ -8,8 +8,8 @@ The library computes on packed rows ``[rows, d]``; padding never reaches a kerne
 
 and pairs are the same with ``B = 2P``: all chosen rows first, then all rejected, in the same order.
 
-All of this is done on the host, in NumPy, while the device is busy with the step before; ``sap_fast/transfer.py`` brings
-the result to the device. A batch that lies there already has to be read first.
+All of this is done on the host, in NumPy, where the device may be busy with the step before meanwhile;
+``sap_fast/transfer.py`` brings the result to the device. A batch that lies there already has to be read first.
 """
 
 from collections.abc import Mapping
@@ -162,8 +162,10 @@ def packed(
         raise BatchError(f"{name}['input_ids'] must be [B, T] and not empty, but has shape {tuple(shape)}")
     for key, x in entries.items():
         if x.shape != shape:
-            raise BatchError(f"{name}['{key}'] has shape {tuple(x.shape)}, but input_ids {tuple(shape)}; they must agree")
-        if x.device.type != "cpu":
+            raise BatchError(
+                f"{name}['{key}'] has shape {tuple(x.shape)}, but input_ids {tuple(shape)}; they must agree"
+            )
+        if x.device.type != "cpu" and x.device != device:
             raise BatchError(
                 f"{name}['{key}'] is on {x.device}, but the model on {device}; leave the batch on the host (the CPU), "
                 "or move it there"

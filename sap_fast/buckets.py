@@ -76,7 +76,7 @@ def padded(rows: Rows, *, pairs: bool = False) -> Rows:
         padding=Padding(
             dead(rows.tokens, tokens),
             dead(len(rows.labels), labels),
-            torch.tensor(len(rows.labels)),
+            torch.tensor(len(rows.labels), device="cpu"),
         ),
     )
 

@@ -64,20 +64,21 @@ def sent(x: T, device: torch.device) -> T:
     arrays = {id(t): t.contiguous() for t in tensors_of(x)[0] if t.device.type == "cpu"}
     if not arrays:
         return x
-    offsets, size = {}, 0
+    places, size = {}, 0
     for key, array in arrays.items():
-        offsets[key] = size
+        places[key] = size // array.itemsize
         size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    raw = buffer.numpy()
+    buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    dtypes = {array.dtype for array in arrays.values()}
+    here = {dtype: buffer.view(dtype).numpy() for dtype in dtypes}
     for key, array in arrays.items():
-        raw[offsets[key] : offsets[key] + array.nbytes] = array.view(-1).view(torch.uint8).numpy()
-    there = buffer.to(device, non_blocking=True)
-    typed = {dtype: there.view(dtype) for dtype in {array.dtype for array in arrays.values()}}
+        here[array.dtype][places[key] : places[key] + array.numel()] = array.numpy().ravel()
+    sending = buffer.to(device, non_blocking=True)
+    there = {dtype: sending.view(dtype) for dtype in dtypes}
 
     def placed(t: Tensor) -> Tensor:
         if (array := arrays.get(id(t))) is None:
             return t
-        return typed[t.dtype].as_strided(array.shape, array.stride(), offsets[id(t)] // t.itemsize)
+        return there[t.dtype].as_strided(array.shape, array.stride(), places[id(t)])
 
     return rebuilt(x, placed)

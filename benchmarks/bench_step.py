@@ -22,8 +22,8 @@ from benchmarks.peers import AbsentError
 from benchmarks.step import wake
 from benchmarks.step_check import Exact, check
 from benchmarks.step_contenders import CONTENDERS
+from benchmarks.step_rounds import run_period
 from benchmarks.step_rows import SMALL, Given, lengths, rows
-from benchmarks.step_suite import run_period
 from benchmarks.step_work import contender_floor
 from sap_fast.data.cache import cache_dir
 

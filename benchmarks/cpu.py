@@ -11,12 +11,16 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_session, models
-from benchmarks.gpu_ops import ROW_WISE
+from benchmarks import models
+from benchmarks.gpu import results
+from benchmarks.gpu.ops_table import parameter
+from benchmarks.gpu.processes import Runner, Tests
+from benchmarks.gpu.subjects import ROW_WISE
 from sap_fast import _C
 
 Row = dict[str, Any]
@@ -39,18 +43,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         report = folder / "benchmark.json"
-        arguments = ["benchmarks/bench_cpu_ops.py", "-q", f"--benchmark-json={report}"]
-        session = gpu_session.run([*arguments, "-k", args.only], folder, LIMIT)
+        arguments = ["benchmarks/bench_cpu_ops.py", f"--benchmark-json={report}", "-k", args.only]
+        runner = Runner(folder / "found.jsonl", folder / "log.txt", hang=LIMIT)
+        runner.tests(Tests("ops", arguments), LIMIT)
         written = report.exists() and report.stat().st_size > 0
         table = rows(json.loads(report.read_text())["benchmarks"]) if written else []
-    found = targets(table)
-    failures = [{"test": test.name, "reason": test.reason} for test in session.failed]
-    result = {"environment": models.environment(), "kernels": _C.status, "seconds": round(session.seconds, 1)}
-    result |= {"problem": session.problem, **session.counts, "targets": found, "rows": table, "failures": failures}
+        told = results.read(runner.found)
+        if not table:
+            print(runner.log.read_text(errors="replace")[-2000:])
+    found, items = targets(table), results.items(told)
+    stage = next(line for line in told if line["kind"] == "stage")
+    failures = [{"test": item.id, "reason": item.reason} for item in items if item.outcome in results.WRONG]
+    result = {"environment": models.environment(), "kernels": _C.status, "seconds": stage["seconds"]}
+    result |= {"problem": stage["problem"], **Counter(item.outcome for item in items), "dropped": stage["left"]}
+    result |= {"targets": found, "rows": table, "failures": failures}
     models.write(args.json, result)
     print("\n".join([*lines(table), *(f"{t['verdict']:6} {t['target']}: {t['value']:.2f}" for t in found)]))
     print("\n".join(f"FAILED {failure['test']}: {failure['reason']}" for failure in failures))
-    return 0 if session.problem is None and not failures and not session.dropped and table else 1
+    return 0 if table and not (failures or stage["problem"] or stage["left"]) else 1
 
 
 def rows(benchmarks: Iterable[Mapping[str, Any]]) -> list[Row]:
@@ -58,7 +68,7 @@ def rows(benchmarks: Iterable[Mapping[str, Any]]) -> list[Row]:
     seconds: dict[tuple[str, ...], dict[str, list[float]]] = {}
     moved: dict[tuple[str, ...], int] = {}
     for benchmark in benchmarks:
-        op, model, dtype, pass_, name, _ = gpu_session.parameter(benchmark["name"]).split()
+        op, model, dtype, pass_, name, _ = parameter(benchmark["name"]).split()
         key = op, model, dtype, pass_
         seconds.setdefault(key, {}).setdefault(name, []).extend(benchmark["stats"]["data"])
         if name == "ours":

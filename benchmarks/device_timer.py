@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class DeviceTimer:
@@ -49,15 +50,36 @@ class DeviceTimer:
 
 
 class Flush:
-    """Overwrites what a device's cache holds, and keeps the device busy while Python queues what is timed.
+    """Empties a device's cache of what is timed, and keeps the device busy while Python queues the next round.
 
-    Inside a model a kernel finds nothing of its last round in the cache. A GiB is many times any GPU's cache, and
-    writing it takes a few tenths of a millisecond: as long as Python needs to queue some dozen kernels.
+    Inside a model a kernel finds nothing of its last round in the cache. The cache is emptied by reading something many
+    times its size: what was written would have to be written back to memory while the next kernel runs, up to 50 MB.
+    Then the device sleeps for longer than Python needs to queue what is timed, which is a millisecond or two where a
+    backward launches some dozen kernels; else their launches would be timed, not they.
     """
 
+    # Bytes that are read: a few hundred microseconds. Seconds of sleep.
+    READ, ASLEEP = 2**30, 2e-3
+    # Clock cycles of the sleep that tells how fast the clock is.
+    _TRIED = 2 * 10**6
+
     def __init__(self, device: str) -> None:
-        self.buffer = torch.empty(2**30, dtype=torch.int8, device=device) if device == "cuda" else None
+        self._buffer: Tensor | None = None
+        if torch.device(device).type == "cuda":
+            self._buffer = torch.zeros(self.READ // 4, device=device)
+            self._sum = torch.empty((), device=device)
+            self._cycles = round(self.ASLEEP * self._cycles_a_second())
 
     def __call__(self) -> None:
-        if self.buffer is not None:
-            self.buffer.zero_()
+        if self._buffer is not None:
+            torch.sum(self._buffer, dim=0, out=self._sum)
+            torch.cuda._sleep(self._cycles)
+
+    def _cycles_a_second(self) -> float:
+        timer = DeviceTimer("cuda")
+        for _ in range(2):  # the first wakes the clock up
+            before = timer()
+            with timer.region():
+                torch.cuda._sleep(self._TRIED)
+            seconds = timer() - before
+        return self._TRIED / seconds

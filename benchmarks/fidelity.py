@@ -23,7 +23,8 @@ Exit code 1 if the dual pass misses a bound of ``BOUNDS``.
 
 import argparse
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--json", type=Path, required=True, help="where to write the result")
+    parser.add_argument("--jsonl", type=Path, help="add each row to this file as soon as it is known")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["smollm2", "random"])
     parser.add_argument("--steps", type=int, default=15, help="of training before the second look")
     parser.add_argument("--data", type=Path, help="instructions and outputs as a JSON list")
@@ -97,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in measure(name, steps, args.data, args.device, args.smollm2):
             print(_line(row), flush=True)
             rows.append(row)
+            if args.jsonl is not None:
+                with args.jsonl.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row) + "\n")
         models.write(args.json, result)  # a later model may fail
     missed = [row for row in rows if misses(row)]
     for row in missed:
@@ -113,7 +118,7 @@ def misses(row: Row) -> bool:
     return not row["cosine"] >= BOUNDS[row["dtype"]]
 
 
-def measure(name: str, steps: int, data: Path | None, device: str, folder: Path | None = None) -> list[Row]:
+def measure(name: str, steps: int, data: Path | None, device: str, folder: Path | None = None) -> Iterator[Row]:
     """The rows of one model, at initialisation and after ``steps`` steps of SAP in float32."""
     load, layers = MODELS[name]
     base, tokenizer = models.smollm2_base(folder) if name == "smollm2" else load()
@@ -126,7 +131,7 @@ def measure(name: str, steps: int, data: Path | None, device: str, folder: Path 
     batch = on_device(collate(tokenizer, texts[:SEQUENCES], MAX_LENGTH))
     pairs = on_device(collate_pairs(tokenizer, pair_texts[:PAIRS], MAX_LENGTH))
     zero = {j: torch.zeros(base.config.hidden_size, device=device) for j in layers}
-    rows = compare(model, batch, pairs, zero, {"model": name, "when": "at initialisation"})
+    yield from compare(model, batch, pairs, zero, {"model": name, "when": "at initialisation"})
 
     optimizer = torch.optim.AdamW(trained(model).values(), lr=LEARNING_RATE)
     with sap_fast.attach(model, SAPConfig(probe_layers=layers)) as sap:
@@ -139,7 +144,7 @@ def measure(name: str, steps: int, data: Path | None, device: str, folder: Path 
             optimizer.zero_grad()
         probe = sap.probe
     what = {"model": name, "when": f"after {steps} steps"}
-    return rows + compare(model, batch, pairs, probe, what, check_truth=False)
+    yield from compare(model, batch, pairs, probe, what, check_truth=False)
 
 
 def compare(

@@ -87,10 +87,15 @@ def random_base(layers: int = 8, width: int = 256, seed: int = 0) -> tuple[nn.Mo
 
 
 def llama_base(
-    layers: int = 8, width: int = 4096, heads: int = 32, vocab: int = 32000, seed: int = 0
+    layers: int = 8,
+    width: int = 4096,
+    heads: int = 32,
+    vocab: int = 32000,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, WordTokenizer]:
-    """A random model as wide as Llama-2-7B, which has 32 layers, in float32; drawn on the GPU if there is one."""
-    return _wide_base("llama", layers, width, 43 * width // 16, heads, heads, vocab, seed)
+    """A random model as wide as Llama-2-7B, which has 32 layers; drawn on the GPU if there is one."""
+    return _wide_base("llama", layers, width, 43 * width // 16, heads, heads, vocab, seed, dtype)
 
 
 def qwen_base(
@@ -101,15 +106,27 @@ def qwen_base(
     kv_heads: int = 4,
     vocab: int = 152064,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, WordTokenizer]:
-    """A random model of Qwen2.5-7B's shape in float32; drawn on the GPU if there is one."""
-    return _wide_base("qwen2", layers, width, intermediate, heads, kv_heads, vocab, seed)
+    """A random model of Qwen2.5-7B's shape; drawn on the GPU if there is one."""
+    return _wide_base("qwen2", layers, width, intermediate, heads, kv_heads, vocab, seed, dtype)
 
 
 def _wide_base(
-    family: str, layers: int, width: int, intermediate: int, heads: int, kv_heads: int, vocab: int, seed: int
+    family: str,
+    layers: int,
+    width: int,
+    intermediate: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    seed: int,
+    dtype: torch.dtype,
 ) -> tuple[nn.Module, WordTokenizer]:
-    """A random model of a family, by transformers' name for it, drawn on the GPU if there is one."""
+    """A random model of a family, by transformers' name for it, drawn on the GPU if there is one.
+
+    It is made in its dtype: beside a copy in float32, one of 7B parameters leaves no room on a card of 80 GB.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = WordTokenizer()
@@ -128,7 +145,7 @@ def _wide_base(
         bos_token_id=None,
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config).float()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     draw_weights(model, seed)
     return model.eval(), tokenizer
 
@@ -257,7 +274,16 @@ def _version(package: str) -> str | None:
 def _command() -> str:
     """The command line, with files by their names alone."""
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words])
+    return shlex.join(["python", "-m", _module(Path(sys.argv[0])), *words])
+
+
+def _module(script: Path) -> str:
+    """What ``python -m`` was given, by the file that it ran: a folder's is its ``__main__.py``."""
+    script = script.resolve()
+    parts = ("benchmarks", script.stem)
+    if script.is_relative_to(ROOT):
+        parts = script.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__main__")
 
 
 def _commit() -> str | None:

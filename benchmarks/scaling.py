@@ -36,10 +36,11 @@ from benchmarks.step import BASES, CHECKED_LAYERS, LARGE, base_of, wake
 from benchmarks.step_check import Exact, check
 from benchmarks.step_contenders import Contender
 from benchmarks.step_counts import Allocations, weights_of
+from benchmarks.step_rounds import Rounds
 from benchmarks.step_rows import PUBLISHED
 from benchmarks.step_rows import SMALL as SMALL_ROWS
 from benchmarks.step_run import Run
-from benchmarks.step_suite import DTYPES, Row, timed
+from benchmarks.step_suite import DTYPES, Row
 from benchmarks.step_work import contender_floor
 
 ROUNDS = {"cpu": 3, "cuda": 10}
@@ -170,7 +171,10 @@ class Bench:
         return rows
 
     def _timed(self, runs: dict[str, tuple[Run, int]], ceiling: Ceiling) -> dict[str, list[float]]:
-        return timed(runs, self._device, self._rounds, ceiling) if runs else {}
+        rounds = Rounds(runs, self._device, ceiling)
+        for _ in rounds.take(self._rounds):
+            pass
+        return rounds.seconds
 
     def _checked(self, model: nn.Module, point: Point) -> dict[str, Contender]:
         """The contenders that are right with a point's probes and targets."""

@@ -23,10 +23,13 @@ and what is allocated beside them at the peak of the first steps, a period or mo
 ``share_of_ceiling`` that of the matrix product timed in the same rounds (``ceiling.py``), ``floor_ms`` the least time
 for its computation at the ceilings of product and copy, and ``ms_over_floor`` how many times that it took. On few rows
 caches hold what a floor counts as crossing memory. ``ceilings`` has the ceilings, ``targets`` what was aimed at
-(``step_targets.py``): a missed one is printed, and is no failure.
+(``step_targets.py``): a missed one is printed, and is no failure. ``digests`` holds what tells the bits of a few exact
+steps from others' (``step_digest.py``).
 """
 
 import argparse
+import gc
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -41,10 +44,11 @@ from benchmarks import models, step_targets
 from benchmarks.peers import installed
 from benchmarks.published_parts import trained
 from benchmarks.step_contenders import CONTENDERS
+from benchmarks.step_digest import digest
 from benchmarks.step_rows import KINDS, PUBLISHED, SMALL, rows
 from benchmarks.step_suite import DTYPES, OUT_OF_TIME, RATIOS, Row, Suite
 
-BASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+BASES: dict[str, Callable[..., tuple[nn.Module, Any]]] = {
     "smollm2": models.smollm2_base,
     "random": models.random_base,
     "tiny": models.tiny_base,
@@ -54,6 +58,8 @@ BASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 # Drawn on a GPU, and too large for a float64 copy.
 LARGE = ("llama-2-7b", "qwen2.5-7b")
 CHECKED_LAYERS = 2
+# On rows of kind "floor": those whose share of the ceiling is judged, and what they are compared with.
+ON_FLOOR = ("lagged", "graph", "own-sft", "direction-kept", "plain-sft", "tidy")
 ROUNDS = {"cpu": 7, "cuda": 30}
 
 
@@ -62,12 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--json", type=Path, required=True, help="where to write the result")
+    parser.add_argument("--jsonl", type=Path, help="add each fact to this file, a JSON object a line, once it is known")
     parser.add_argument("--device", choices=ROUNDS, default="cpu")
     parser.add_argument("--model", choices=BASES, default="smollm2")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--rows", nargs="+", choices=KINDS, default=["real"])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--rounds", type=int, help="of each contender; at least 7 on a CPU, 30 on a GPU, for a result")
+    rounds_help = f"of each contender; a verdict takes {step_targets.LEAST_ROUNDS}"
+    parser.add_argument("--rounds", type=int, help=rounds_help)
     shapes_help = "task 10 x 128 and pairs 8 x 256, not 4 x 64 and 4 x 96"
     parser.add_argument("--published-shapes", action="store_true", help=shapes_help)
     parser.add_argument("--data", type=Path, help="instructions and outputs as a JSON list, for the task rows")
@@ -85,28 +93,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--limit must be positive, but is {args.limit}")
 
     start = time.perf_counter()
-    torch.manual_seed(0)
-    base, tokenizer = base_of(args.model, args.smollm2)
-    model = models.with_lora(base, seed=0).to(args.device)
-    wake(model)
     shapes = PUBLISHED if args.published_shapes else SMALL
     examples = models.examples(args.data)
     settings = {"model": args.model, "rounds": rounds, "lora": "r = 8 on q_proj and v_proj", "optimizer": "none"}
     settings |= {"shapes": vars(shapes), "contenders": args.contenders, "peers": _peers()}
-    limit = None if args.limit is None else args.limit - (time.perf_counter() - start)
-    suite = Suite(args.device, rounds, args.contenders, CHECKED_LAYERS if args.model in LARGE else None, limit)
+    tell = partial(told, args.jsonl) if args.jsonl else lambda row: None
+    suite = Suite(args.device, rounds, args.contenders, CHECKED_LAYERS if args.model in LARGE else None, tell=tell)
     environment = models.environment(args.device)
     result: dict[str, Any] = {"environment": environment, "settings": settings, "seconds": None}
-    result |= {"skipped": suite.skipped, "refused": suite.refused, "targets": [], "ceilings": suite.ceilings}
-    result["rows"] = suite.rows
-    for dtype in args.dtype:
-        stored = models.twin(model, DTYPES[dtype])
-        for kind in args.rows:
-            for row in suite.measure(stored, dtype, rows(tokenizer, examples, shapes, kind, args.device)):
-                print(line(row), flush=True)
-            result["seconds"] = round(time.perf_counter() - start, 1)
-            result["targets"] = step_targets.verdicts(suite.rows, environment["device"], args.model)
-            models.write(args.json, result)  # later rows may fail
+    result |= {
+        "skipped": suite.skipped,
+        "refused": suite.refused,
+        "targets": [],
+        "digests": [],
+        "ceilings": suite.ceilings,
+    }
+    result |= {"ceilings": suite.ceilings, "rows": suite.rows}
+    measured = [(dtype, kind) for dtype in args.dtype for kind in args.rows]
+    stored: nn.Module | None = None
+    for i, (dtype, kind) in enumerate(measured):
+        if stored is None or DTYPES[dtype] != frozen_dtype(stored):
+            stored = None  # before another takes its place
+            stored, tokenizer = ready(args.model, args.smollm2, DTYPES[dtype], args.device)
+            result["digests"].append({"dtype": dtype, **digest(shallow(args.model, stored))})
+            tell({"digest": result["digests"][-1]})
+        suite.names = [name for name in args.contenders if kind != "floor" or name in ON_FLOOR]
+        if args.limit is not None:
+            suite.limit = max(0.0, args.limit - (time.perf_counter() - start)) * _share(measured[i:])
+        for row in suite.measure(stored, dtype, rows(tokenizer, examples, shapes, kind, args.device)):
+            print(line(row), flush=True)
+        result["seconds"] = round(time.perf_counter() - start, 1)
+        result["targets"] = step_targets.verdicts(suite.rows, result["digests"], environment["device"], args.model)
+        models.write(args.json, result)  # later rows may fail
+        for target in result["targets"]:
+            tell(target)
     for verdict in ("skipped", "refused"):
         for entry in result[verdict]:
             print(f"{verdict}: {', '.join(str(entry[key]) for key in entry)}")
@@ -114,13 +134,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if suite.refused or any(entry["reason"] == OUT_OF_TIME for entry in suite.skipped) else 0
 
 
-def base_of(name: str, smollm2: Path | None = None) -> tuple[nn.Module, Any]:
-    """A model of ``BASES`` and its tokenizer.
+def base_of(name: str, smollm2: Path | None = None, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """A model of ``BASES`` and its tokenizer; of a large one, its weights are drawn in ``dtype``, else in float32.
 
     Args:
         smollm2: a folder to take SmolLM2 from.
     """
+    if name in LARGE:
+        return BASES[name](dtype=dtype)
     return models.smollm2_base(smollm2) if name == "smollm2" else BASES[name]()
+
+
+def ready(name: str, smollm2: Path | None, dtype: torch.dtype, device: str) -> tuple[nn.Module, Any]:
+    """A model with adapters in float32, its frozen weights stored in ``dtype`` on ``device``, and its tokenizer."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # of the model before it
+    torch.manual_seed(0)
+    base, tokenizer = base_of(name, smollm2, dtype)
+    model = models.with_lora(base, seed=0).to(device)
+    wake(model)
+    return models.twin(model, dtype), tokenizer
+
+
+def frozen_dtype(model: nn.Module) -> torch.dtype:
+    """In which a model's frozen weights are stored."""
+    return next(p.dtype for p in model.parameters() if not p.requires_grad)
+
+
+def shallow(name: str, model: nn.Module) -> nn.Module:
+    """A twin of a model that a few steps take little time on."""
+    return models.cut(model, CHECKED_LAYERS) if name in LARGE else models.twin(model)
+
+
+def told(path: Path, fact: Row) -> None:
+    """Add a fact to a file."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(fact) + "\n")
+
+
+def _share(left: Sequence[tuple[str, str]]) -> float:
+    """Of the time that is left, what the first of these measurements gets: few contenders take part on some rows."""
+    weights = [0.4 if kind == "floor" else 1.0 for _, kind in left]
+    return weights[0] / sum(weights)
 
 
 def wake(model: nn.Module) -> None:
@@ -142,7 +198,11 @@ def line(row: Row) -> str:
     times = f"{row['ms']:8.1f} ms ({row['ms_least']:.1f} to {row['ms_most']:.1f})"
     floor = f"floor {row['floor_ms']:.1f} ms, {row['ms_over_floor']:.2f} x  {_rate(row)}"
     ratios = "  ".join(f"{row[key]:5.2f} x {to}" for key, to in RATIOS.items() if row[key] is not None)
-    return f"{what}{times:34}  {floor}  {ratios}  {row['launches']:.0f} launches  {row['peak_memory'] / 2**30:.2f} GiB"
+    return f"{what}{times:34}  {floor}  {ratios}  {_launches(row)}  {row['peak_memory'] / 2**30:.2f} GiB"
+
+
+def _launches(row: Row) -> str:
+    return "" if row["launches"] is None else f"{row['launches']:.0f} launches"
 
 
 def _rate(row: Row) -> str:

@@ -157,7 +157,7 @@ def sap(
 
         with _nothing_blocked(), _attached(model, settings) as handle:
             packer = Packer.of(read_decoder(model), settings)
-            on_tasks, on_pairs = packer.task(batch), packer.shared(packer.pairs(contrast))
+            on_tasks, on_pairs = packer.task(packer.read(batch)), packer.pairs(packer.read_pairs(contrast))
             if settings.graph:
                 on_tasks, on_pairs = buckets.padded(on_tasks), buckets.padded(on_pairs, pairs=True)
             yield Run(

@@ -16,7 +16,7 @@ import torch
 import sap_fast
 from benchmarks import models
 from benchmarks.ceiling import Ceiling
-from benchmarks.step import BASES, DTYPES, LARGE, base_of, wake
+from benchmarks.step import BASES, DTYPES, LARGE, ready
 from benchmarks.step_rows import PUBLISHED, SMALL, rows
 
 WARM_UP = 2
@@ -44,16 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, but is {args.steps}")
 
-    torch.manual_seed(0)
-    base, tokenizer = base_of(args.model, args.smollm2)
-    model = models.with_lora(base, seed=0).to(args.device)
-    wake(model)
-    model, dtype = models.twin(model, DTYPES[args.dtype]), DTYPES[args.dtype]
+    dtype = DTYPES[args.dtype]
+    model, tokenizer = ready(args.model, args.smollm2, dtype, args.device)
     ceiling = Ceiling(args.device, dtype)
     for _ in range(VISITS):
         ceiling.visit()
     reached = ceiling.device
-    del base, ceiling
+    del ceiling
     shapes, examples = SMALL if args.small else PUBLISHED, models.examples(args.data)
     given = [rows(tokenizer, examples, shapes, "real", args.device, seed) for seed in range(WARM_UP + args.steps)]
     profile = sap_fast.profile(

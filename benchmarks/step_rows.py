@@ -3,7 +3,8 @@
 - ``real``: drawn from the data and padded to the longest, as a collator does. What loses its answer where it is cut
   is not drawn, so that lengths are those of the data that such a batch can hold;
 - ``released``: the same rows, padded to the fixed lengths to which the released code pads;
-- ``full``: all of one length, so that there is no padding, and all compute on the same tokens.
+- ``full``: all of one length, so that there is no padding, and all compute on the same tokens;
+- ``floor``: those that the floor is computed for, whatever the data (``step_floor_rows.py``).
 """
 
 import random
@@ -15,13 +16,14 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.step_floor_rows import floor_batches
 from sap_fast.batch import IGNORED
 from sap_fast.data import Example, Pair, collate, collate_pairs, encode_pairs, encode_tasks, safety_pairs
 from sap_fast.errors import DataError
 
 Batch = Mapping[str, Tensor]
 
-KINDS = ("full", "real", "released")
+KINDS = ("full", "real", "released", "floor")
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,14 @@ def rows(tokenizer: Any, examples: Sequence[Example], shapes: Shapes, kind: str,
     """The rows of one kind, on a device.
 
     Args:
-        examples: task data; the pairs are the embedded ones.
+        examples: task data; the pairs are the embedded ones. Rows of kind ``floor`` have neither.
         seed: of the draw.
 
     Raises:
         ValueError: too little data.
     """
+    if kind == "floor":
+        return Given(kind, PUBLISHED, *floor_batches(device))
     chosen = []
     for name, data, count in (("examples", examples, shapes.tasks), ("pairs", safety_pairs(), shapes.pairs)):
         if len(data) < count:

@@ -1,9 +1,10 @@
 """The contenders of a whole step, put to work, found right, timed in turns: ``benchmarks.step`` without its command."""
 
+import gc
 import statistics
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,26 +15,28 @@ from torch import nn
 
 from benchmarks import models
 from benchmarks.ceiling import Ceiling
-from benchmarks.device_timer import DeviceTimer
 from benchmarks.peers import AbsentError
 from benchmarks.step_check import Exact, check
 from benchmarks.step_contenders import CONTENDERS
 from benchmarks.step_counts import Allocations, Counting, launches, weights_of
 from benchmarks.step_floor import Device
+from benchmarks.step_rounds import Rounds, run_period
 from benchmarks.step_rows import Batch, Given, lengths, scored
 from benchmarks.step_run import Run
 from benchmarks.step_work import contender_floor
 
 Row = dict[str, Any]
+# Told each fact the moment it is known.
+Tell = Callable[[Row], None]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Rounds that are not counted. On a CPU the check has warmed everything up.
-WARM_UP = {"cpu": 0, "cuda": 3}
 # What the others' times are divided by.
 RATIOS = {"ratio_to_plain_sft": "plain-sft", "ratio_to_published_tidy": "tidy", "ratio_to_released": "released"}
 # Of a limited time, the share in which contenders are opened and checked; the rest is for timing them.
 OPENING = 0.6
 OUT_OF_TIME = "time"
+# After so many rounds rows are told, and again at the end: what stops a run then costs it the rounds since.
+TOLD = (2, 7, 15, 22)
 
 
 @dataclass(frozen=True)
@@ -58,19 +61,27 @@ class Suite:
     Args:
         names: of the contenders.
         checked_layers: cut the model to so many layers to check a contender; None checks it as it is.
-        limit: seconds from now, after which no round begins but the first; contenders that are not open when most of
-            it is over are left out by name. None: as long as it takes.
+        limit: seconds that a measurement may take, after which no round begins but the first; contenders that are not
+            open when most of it is over are left out by name. None: as long as it takes.
+        tell: is given every row, and who is left out, the moment that it is known; of a row the last word counts.
     """
 
     def __init__(
-        self, device: str, rounds: int, names: Sequence[str], checked_layers: int | None, limit: float | None = None
+        self,
+        device: str,
+        rounds: int,
+        names: Sequence[str],
+        checked_layers: int | None,
+        limit: float | None = None,
+        tell: Tell = lambda row: None,
     ) -> None:
         self.device, self.rounds, self.names, self.checked_layers = device, rounds, names, checked_layers
+        self.limit, self._tell = limit, tell
         self.rows: list[Row] = []
         self.ceilings: list[Row] = []
         self.skipped: list[Row] = []
         self.refused: list[Row] = []
-        self._deadline = None if limit is None else time.perf_counter() + limit
+        self._deadline: float | None = None
 
     def measure(self, model: nn.Module, dtype: str, given: Given) -> list[Row]:
         """The rows of one dtype and kind, of the contenders that can be run and are right.
@@ -78,35 +89,55 @@ class Suite:
         Args:
             model: stored in the dtype.
         """
+        self._deadline = None if self.limit is None else time.perf_counter() + self.limit
+        where = {"dtype": dtype, "padding": given.kind}
         ceiling = Ceiling(self.device, DTYPES[dtype])
         with ExitStack() as stack:
-            runs = self._open(stack, model, dtype, given)
-            if not runs:
+            takings = self._open(stack, model, dtype, given)
+            if not takings:
                 return []
-            seconds = timed(
-                {name: (taking.run, CONTENDERS[name].period) for name, taking in runs.items()},
-                self.device,
-                self.rounds,
-                ceiling,
-                self._deadline,
-            )
-            medians = {name: statistics.median(found) for name, found in seconds.items()}
-            found = [
-                {"contender": name, "device": self.device, "dtype": dtype, "padding": given.kind}
-                | {"options": dict(CONTENDERS[name].options), "ms": 1e3 * medians[name]}
-                | {"ms_least": 1e3 * min(seconds[name]), "ms_most": 1e3 * max(seconds[name])}
-                | {key: medians[name] / medians[to] if to in medians else None for key, to in RATIOS.items()}
-                | {"tokens_per_s": sum(lengths(given.batch)) / medians[name]}
-                | against_floor(name, taking, given, medians[name], ceiling.device)
-                | {"peak_memory": taking.peak_memory, "launches": self._launches(name, taking)}
-                | {"rounds": len(seconds[name]), "period": CONTENDERS[name].period}
-                | _sizes("task", given.batch, taking.run.task_lengths, taking.run.task_rows)
-                | _sizes("pair", given.pairs, taking.run.pair_lengths, taking.run.pair_rows)
-                for name, taking in runs.items()
-            ]
+            runs = {name: (taking.run, CONTENDERS[name].period) for name, taking in takings.items()}
+
+            def refuse(name: str, error: Exception) -> None:
+                self._refuse(name, error, where)
+
+            rounds = Rounds(runs, self.device, ceiling, self._deadline, refuse)
+
+            def rows() -> list[Row]:
+                return [self._row(name, takings[name], where, given, rounds) for name in rounds.seconds]
+
+            for done in rounds.take(self.rounds):
+                for row in rows() if done in TOLD else []:
+                    self._tell(row)
+            found = rows()
+            for row in found:
+                self._tell(row)
+            # A profiler counts launches, and slows down what comes after it.
+            for row in found:
+                try:
+                    row["launches"] = self._launches(row["contender"], takings[row["contender"]])
+                except Exception as error:  # its times stand
+                    refuse(row["contender"], error)
+                self._tell(row)
         self.rows += found
-        self.ceilings.append({"dtype": dtype, "padding": given.kind} | ceiling.row)
+        self.ceilings.append(where | ceiling.row)
         return found
+
+    def _row(self, name: str, taking: Taking, where: Row, given: Given, rounds: Rounds) -> Row:
+        """What is known of a contender so far; its launches are counted last."""
+        seconds, median, ceiling = rounds.seconds[name], rounds.median(name), rounds.ceiling
+        assert ceiling is not None
+        return (
+            {"contender": name, "device": self.device, **where, "options": dict(CONTENDERS[name].options)}
+            | {"ms": 1e3 * median, "ms_least": 1e3 * min(seconds), "ms_most": 1e3 * max(seconds)}
+            | {key: rounds.ratio(name, to) for key, to in RATIOS.items()}
+            | {"tokens_per_s": sum(lengths(given.batch)) / median}
+            | against_floor(name, taking, given, median, ceiling.device)
+            | {"peak_memory": taking.peak_memory, "launches": None}
+            | {"rounds": len(seconds), "period": CONTENDERS[name].period, "round_ms": [1e3 * s for s in seconds]}
+            | _sizes("task", given.batch, taking.run.task_lengths, taking.run.task_rows)
+            | _sizes("pair", given.pairs, taking.run.pair_lengths, taking.run.pair_rows)
+        )
 
     def _open(self, stack: ExitStack, model: nn.Module, dtype: str, given: Given) -> dict[str, Taking]:
         """Every contender that can be run and is right."""
@@ -116,6 +147,10 @@ class Suite:
         latest = None if self._deadline is None else now + OPENING * (self._deadline - now)
         for name in self.names:
             where = {"dtype": dtype, "padding": given.kind}
+            if _has_copies(name) and any(map(_has_copies, runs)):
+                reason = "holds a copy of the weights in float8, as another does: run it in a process of its own"
+                self._leave_out(self.skipped, {"contender": name, "reason": reason, **where})
+                continue
             if latest is not None and time.perf_counter() > latest:
                 self._leave_out(self.skipped, {"contender": name, "reason": OUT_OF_TIME, **where})
                 continue
@@ -124,10 +159,7 @@ class Suite:
             except AbsentError as error:
                 self._leave_out(self.skipped, {"contender": name, "reason": str(error)})
             except Exception as error:  # the others are measured all the same
-                if not isinstance(error, AssertionError):
-                    traceback.print_exc()
-                reason = " ".join(f"{type(error).__name__}: {error}".removeprefix("AssertionError: ").split())[:300]
-                self._leave_out(self.refused, {"contender": name, "reason": reason, **where})
+                self._refuse(name, error, where)
         return runs
 
     def _opened(self, stack: ExitStack, model: nn.Module, exact: Exact, name: str, given: Given) -> Taking:
@@ -158,10 +190,21 @@ class Suite:
         ops = statistics.mean(counting.counts[-contender.period :]) if counting.counts else None
         return Taking(own, run, ops, weights + allocations.peak)
 
-    @staticmethod
-    def _leave_out(entries: list[Row], entry: Row) -> None:
+    def _leave_out(self, entries: list[Row], entry: Row) -> None:
         if entry not in entries:
             entries.append(entry)
+            self._tell(entry)
+
+    def _refuse(self, name: str, error: Exception, where: Row) -> None:
+        """Go on without who is wrong or fails; the others get the memory that it has taken."""
+        if not isinstance(error, AssertionError):
+            traceback.print_exception(error)
+        reason = " ".join(f"{type(error).__name__}: {error}".removeprefix("AssertionError: ").split())[:300]
+        self._leave_out(self.refused, {"contender": name, "reason": reason, **where})
+        if self.device == "cuda":
+            error.__traceback__ = None  # its frames hold tensors
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def _launches(self, name: str, taking: Taking) -> float:
         """Of a step; in a further period where they are not known."""
@@ -171,45 +214,9 @@ class Suite:
         return round(launches(partial(run_period, taking.run, period), self.device) / period, 1)
 
 
-def timed(
-    runs: Mapping[str, tuple[Run, int]],
-    device: str,
-    rounds: int,
-    ceiling: Ceiling | None = None,
-    deadline: float | None = None,
-) -> dict[str, list[float]]:
-    """Seconds of each contender's mean step in every round; the order is another in every other round.
-
-    Args:
-        runs: contenders and their periods, by name.
-        ceiling: visited in every round.
-        deadline: by ``time.perf_counter``; from then on no round begins but the first.
-    """
-    timer = DeviceTimer(device)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    emptied = False
-    for i in range(-WARM_UP[device], rounds):
-        if i > 0 and deadline is not None and time.perf_counter() > deadline:
-            break
-        if ceiling is not None and i >= 0:
-            ceiling.visit()
-        for name in list(runs)[:: 1 if i % 2 else -1]:
-            run, period = runs[name]
-            if emptied and timer.is_cuda:
-                run_period(run, period)  # finds again the memory that the one before has given back
-            start = timer()
-            with timer.region():
-                run_period(run, period)
-            found = (timer() - start) / period
-            if i >= 0:
-                seconds[name].append(found)
-            emptied = run.empties_cache
-    return seconds
-
-
-def run_period(run: Run, period: int) -> None:
-    for _ in range(period):
-        run.step()
+def _has_copies(name: str) -> bool:
+    """Whether a contender holds a copy of the weights: two of those of 7B parameters leave no room on 80 GB."""
+    return bool(CONTENDERS[name].options.get("float8"))
 
 
 def against_floor(name: str, taking: Taking, given: Given, seconds: float, reached: Device) -> Row:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sap_fast.batch import Padding, Rows, Shared, row_index
+from sap_fast.batch import Padding, Rows, Shared
 from sap_fast.ops.take_rows import RowIndex
 
 # Rows and tokens: whole tiles of 128 rows of a matrix product; from 1024 on in steps of an eighth to a quarter of the
@@ -97,4 +97,4 @@ def _taking(index: RowIndex, taken: int, count: int) -> RowIndex:
     In turn, because a row sums up what it gets back by one program, taker after taker.
     """
     dead = np.arange(taken - len(index.rows))
-    return row_index(np.concatenate((index.rows.numpy(), count - 1 - dead % count)), count)
+    return RowIndex.on_host(np.concatenate((index.rows.numpy(), count - 1 - dead % count)), count)

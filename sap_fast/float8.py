@@ -1,5 +1,6 @@
 """A model's frozen weights in float8, for ``SAPConfig(float8=...)``: what that needs, and the copies that it takes."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -7,10 +8,12 @@ from torch import nn
 
 from sap_fast.decoder import Decoder
 from sap_fast.errors import UnsupportedModelError
-from sap_fast.ops.lora_linear.float8 import BLOCK, Float8Weight, product, rounded, version_of
+from sap_fast.ops.lora_linear.float8 import BLOCK, Float8Weight, product, refusal_to_write, rounded, version_of
 
 # Hopper. The chips of 8.9 multiply in float8 too, by other kernels than these, on which nothing here was tried.
 CAPABILITY = (9, 0)
+# How far beneath its caller ``attach`` the warning here is raised.
+_ATTACH = 5
 
 
 def float8_weights(decoder: Decoder, *, emulated: bool) -> Mapping[nn.Module, Float8Weight]:
@@ -89,3 +92,9 @@ def _try(device: torch.device) -> None:
             f"float8=True: torch {torch.__version__} forms no such product on {torch.cuda.get_device_name(device)} "
             f"({reason}); {_WAY_OUT}"
         ) from error
+    if (refusal := refusal_to_write(device)) is not None:
+        warnings.warn(
+            f"float8=True: torch {torch.__version__} does not write such products where it is told to ({refusal}); "
+            "each is copied, with the same results",
+            stacklevel=_ATTACH,
+        )

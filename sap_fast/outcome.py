@@ -39,7 +39,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Given:
-    """All that a step is computed from, beside the model. Its rows are on the host until they are sent.
+    """All that a step is computed from, beside the model. Rows are on the host until they are sent.
 
     ``pairs``: packed, if this step finds a direction; ``plain``: without pairs there is neither a direction nor a
     probe; ``probes``: whether this step finds a probe; ``delayed``: whether the pairs run with the task, which uses the
@@ -68,7 +68,7 @@ class Given:
         return replace(self, task=task, pairs=None if pairs is None else padded(pairs, pairs=True))
 
     def sent(self, device: torch.device) -> "Given":
-        """... with its rows on the model's device, by one copy that is not waited for."""
+        """... on a device, by one copy that nobody waits for."""
         task, pairs = sent((self.task, self.pairs), device)
         return replace(self, task=task, pairs=pairs)
 

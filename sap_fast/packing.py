@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sap_fast.batch import Rows, packed, packed_pairs
+from sap_fast.batch import HostBatch, Rows, packed, read, read_pairs
 from sap_fast.config import SAPConfig
 from sap_fast.decoder import Decoder
 from sap_fast.prefixes import share_prefixes
@@ -16,7 +16,7 @@ from sap_fast.transfer import fetched
 
 @dataclass(frozen=True)
 class Packer:
-    """Checks and packs batches on the host; see :func:`sap_fast.batch.pack`.
+    """Checks and packs batches on the host; see ``sap_fast/batch.py``.
 
     ``shares_tasks, shares_pairs``: whether sequences share the rows of what they begin with in common.
     """
@@ -37,22 +37,22 @@ class Packer:
         """Batches on the host: all that lies on the device is waited for at once, not batch after batch."""
         return fetched(batches, self.device)
 
-    def task(self, batch: Mapping[str, Tensor], name: str = "batch", *, may_lack_labels: bool = False) -> Rows:
-        """A task batch, packed on the host."""
-        rows = packed(
-            batch,
-            vocab_size=self.vocab_size,
-            embeddings=self.embeddings,
-            device=self.device,
-            name=name,
-            may_lack_labels=may_lack_labels,
-        )
-        return share_prefixes(rows) if self.shares_tasks else rows
+    def read(self, batch: Mapping[str, Tensor], name: str = "batch") -> HostBatch:
+        """A task batch, checked, on the host."""
+        return read(batch, **self._limits, name=name)
 
-    def pairs(self, pairs: Mapping[str, Tensor]) -> Rows:
-        """Pairs, checked and packed on the host, their rows not shared yet: some steps only check them."""
-        return packed_pairs(pairs, vocab_size=self.vocab_size, embeddings=self.embeddings, device=self.device)
+    def read_pairs(self, pairs: Mapping[str, Tensor]) -> HostBatch:
+        """Pairs, checked, on the host."""
+        return read_pairs(pairs, **self._limits)
 
-    def shared(self, pairs: Rows) -> Rows:
-        """Packed pairs, as they are computed on."""
-        return share_prefixes(pairs) if self.shares_pairs else pairs
+    def task(self, batch: HostBatch) -> Rows:
+        """A task batch as it is computed on, still on the host."""
+        return share_prefixes(packed(batch)) if self.shares_tasks else packed(batch)
+
+    def pairs(self, pairs: HostBatch) -> Rows:
+        """Pairs as they are computed on, still on the host."""
+        return share_prefixes(packed(pairs)) if self.shares_pairs else packed(pairs)
+
+    @property
+    def _limits(self) -> dict[str, Any]:
+        return {"vocab_size": self.vocab_size, "embeddings": self.embeddings, "device": self.device}

@@ -16,7 +16,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from sap_fast.batch import Rows, Shared, row_index
+from sap_fast.batch import Rows, Shared
+from sap_fast.ops.take_rows import RowIndex
 
 # Of the tokens, that must be saved at least. A row through all matrices of a layer costs about seventy times what it
 # costs to spread its key and value (bytes against FLOPs of Llama-2-7B on an H200, by arithmetic).
@@ -27,7 +28,7 @@ def share_prefixes(rows: Rows) -> Rows:
     """Merge the rows of sequences that begin with the same tokens in the same columns.
 
     Args:
-        rows: on the host.
+        rows: packed, on the host.
 
     Returns:
         The same batch on fewer rows; ``rows`` itself if too few would be saved.
@@ -42,7 +43,6 @@ def share_prefixes(rows: Rows) -> Rows:
     rank = np.empty_like(first)
     rank[first.argsort()] = np.arange(len(first))
     row, first = rank[row], np.sort(first)
-
     owned = np.searchsorted(first, bounds).astype(np.int32)
     return replace(
         rows,
@@ -50,8 +50,8 @@ def share_prefixes(rows: Rows) -> Rows:
         position_ids=torch.from_numpy(positions[first]),
         cu_seqlens=torch.from_numpy(owned),
         max_seqlen=int(np.diff(owned).max()),
-        labelled=row_index(row[rows.labelled.rows.numpy()], len(first)),
-        shared=Shared(row_index(row, len(first)), rows.cu_seqlens, rows.max_seqlen),
+        labelled=RowIndex.on_host(row[rows.labelled.rows.numpy()], len(first)),
+        shared=Shared(RowIndex.on_host(row, len(first)), rows.cu_seqlens, rows.max_seqlen),
     )
 
 

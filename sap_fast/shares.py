@@ -3,36 +3,28 @@
 Draws are of torch's global generator on the CPU, which ``torch.manual_seed`` sets.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from sap_fast.batch import Rows, drawn
+from sap_fast.batch import HostBatch
 from sap_fast.packing import Packer
 from sap_fast.passes import Micro, Parts
 
-Batch = Mapping[str, Tensor]
 
-
-def some_pairs(pairs: Batch, rows: Rows, wanted: int, packer: Packer) -> Rows:
-    """Some of the pairs, packed.
-
-    Args:
-        pairs, rows: all of them, padded and packed.
-        wanted: how many; all if there are no more.
-        packer: packs what is drawn.
-    """
-    count = rows.sequences // 2
+def some_pairs(pairs: HostBatch, wanted: int) -> HostBatch:
+    """Some of the pairs; all if no more than ``wanted`` are there."""
+    count = pairs.sequences // 2
     if wanted >= count:
-        return rows
+        return pairs
     chosen = torch.randperm(count)[:wanted].sort().values.tolist()
-    return packer.pairs(drawn(pairs, [*chosen, *(count + i for i in chosen)]))
+    return pairs.drawn([*chosen, *(count + i for i in chosen)])
 
 
 def some_tangents(
-    batches: Sequence[Batch],
+    batches: Sequence[HostBatch],
     micros: Sequence[Micro],
     fraction: float,
     packer: Packer,
@@ -41,7 +33,7 @@ def some_tangents(
     """Each micro-batch in two parts: sequences that carry tangents, and the others; None if all would.
 
     Args:
-        batches, micros: the micro-batches, padded and packed.
+        batches, micros: the micro-batches, checked and packed.
         fraction: share of all their sequences together, of which at least one carries tangents.
         packer: packs what is drawn.
         draw_seed: draws the seed of a part's dropout masks.
@@ -54,13 +46,12 @@ def some_tangents(
     carries = torch.zeros(total, dtype=torch.bool)
     carries[torch.randperm(total)[:wanted]] = True
 
-    def part(batch: Batch, micro: Micro, chosen: Tensor, weight: float) -> Micro | None:
+    def part(batch: HostBatch, micro: Micro, chosen: Tensor, weight: float) -> Micro | None:
         if not chosen.any():
             return None
         if chosen.all():
             return replace(micro, weight=weight)
-        sequences = chosen.nonzero()[:, 0].tolist()
-        return Micro(packer.task(drawn(batch, sequences), may_lack_labels=True), draw_seed(), weight)
+        return Micro(packer.task(batch.drawn(chosen.nonzero()[:, 0].tolist())), draw_seed(), weight)
 
     return [
         (part(batch, micro, chosen, total / wanted), part(batch, micro, ~chosen, 1.0))

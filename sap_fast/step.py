@@ -110,22 +110,24 @@ class SAP:
         rhythm, config = self._state.rhythm, self.config
         packer = Packer.of(decoder, config)
         *batches, pairs = packer.fetched([*batches, pairs])
-        rows = [packer.task(b, name) for b, name in zip(batches, names, strict=True)]
-        pair_rows = None if pairs is None else packer.pairs(pairs)
-        directs = pair_rows is not None and rhythm.directs(config)
-        probes = pair_rows is not None and rhythm.probes(config)
-        if pairs is not None and pair_rows is not None and directs and config.pairs_per_step is not None:
-            pair_rows = some_pairs(pairs, pair_rows, config.pairs_per_step, packer)
-        micros = [Micro(r, self._draw_seed()) for r in rows]
+        read = [packer.read(b, name) for b, name in zip(batches, names, strict=True)]
+        read_pairs = None if pairs is None else packer.read_pairs(pairs)
+        # What a step hands on to the next one stays as it is here, or the look at its numbers refuses both.
+        directs = read_pairs is not None and rhythm.directs(config)
+        probes = read_pairs is not None and rhythm.probes(config)
+        pair_rows = None
+        if read_pairs is not None and directs:
+            wanted = config.pairs_per_step
+            pair_rows = packer.pairs(read_pairs if wanted is None else some_pairs(read_pairs, wanted))
+        micros = [Micro(packer.task(b), self._draw_seed()) for b in read]
         parts = None
         if probes and config.tangent_fraction < 1:
-            parts = some_tangents(batches, micros, config.tangent_fraction, packer, self._draw_seed)
+            parts = some_tangents(read, micros, config.tangent_fraction, packer, self._draw_seed)
 
-        found_from = packer.shared(pair_rows) if pair_rows is not None and directs else None
         # A delayed direction is known already, but in the first step.
         delayed = config.delayed_direction and directs and self._state.direction is not None
         state = replace(self._state, rhythm=Rhythm())
-        given = Given(Task(micros, parts), found_from, state, plain=pair_rows is None, probes=probes, delayed=delayed)
+        given = Given(Task(micros, parts), pair_rows, state, plain=read_pairs is None, probes=probes, delayed=delayed)
         captures = self._graphs is not None and self._graphs.active
         sent = (given.padded() if captures else given).sent(decoder.device)
         # Only now, with all of this step's on its way: the device has been busy with the last one until here.

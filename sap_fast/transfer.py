@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sap_fast.tensors import T, rebuilt, tensors_of
 
-# Bytes. What CUDA promises of an allocation, so that kernels find each array aligned as one of its own.
-_ALIGNMENT = 256
+# Bytes: what torch's allocator gives its own tensors at the least, so that kernels find the same alignment.
+_ALIGNMENT = 512
 
 
 def fetched(batches: Sequence[Any], device: torch.device) -> list[Any]:
@@ -57,7 +57,7 @@ def sent(x: T, device: torch.device) -> T:
         device: where to.
 
     Returns:
-        The same with views of one allocation, each at a multiple of 256 bytes.
+        The same with views of one allocation, each aligned as an allocation of its own would be.
     """
     if device.type == "cpu":
         return x

@@ -13,6 +13,7 @@ import torch
 from agreement import FLOOR, error, scales
 from oracle import random_batch, random_pairs, tiny_model
 from steps import CONFIG, CONFIGS, grads
+from sync import forbidden_syncs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -366,11 +367,8 @@ def test_a_backend_on_a_gpu(backend: Backend, head_dim: int) -> None:
             return [o.detach(), *torch.autograd.grad(o, leaves, do.to(dtype))]  # noqa: B023
 
         truth, first = results(own_attention, torch.float64), results(ordinary)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with forbidden_syncs():
             again = results(ordinary)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         for x, y, expected, end in zip(first, again, truth, used, strict=True):
             assert torch.equal(x, y)
             assert x[end:].count_nonzero() == 0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import sap_fast
 from sap_fast import BatchError, SAPConfig
-from sap_fast.batch import pack, pack_pairs, row_index
+from sap_fast.batch import pack, pack_pairs
 from sap_fast.ops import RowIndex
 from sap_fast.tensors import tensors_of
 
@@ -54,7 +54,7 @@ BAD_BATCH = {
     "no tensors": (lambda b: b.update(labels=b["labels"].tolist()), r"holds \['labels'\], which are no tensors"),
     "another device": (
         lambda b: b.update(labels=b["labels"].to("meta")),
-        "on meta, but the model on cpu; leave the batch on the host",
+        "on meta, but the model on cpu; leave the batch on the CPU",
     ),
 }
 
@@ -150,5 +150,5 @@ def test_packing_leaves_the_batch_alone() -> None:
 def test_an_index_made_on_the_host_is_the_same() -> None:
     for rows, count in ([3, 1, 3, 0, 3], 5), ([], 3), ([0, 1, 2], 3):
         taken = torch.tensor(rows, dtype=torch.int64)
-        for x, y in zip(row_index(taken.numpy(), count), RowIndex.of(taken, count), strict=True):
+        for x, y in zip(RowIndex.on_host(taken.numpy(), count), RowIndex.of(taken, count), strict=True):
             assert torch.equal(x, y) and x.dtype == y.dtype

@@ -11,6 +11,7 @@ from benchmarks import ceiling, models, step, step_targets
 from benchmarks.ceiling import Ceiling
 from benchmarks.step_contenders import CONTENDERS
 from benchmarks.step_floor import Device
+from benchmarks.step_rounds import interval
 from benchmarks.step_rows import Given, Shapes, rows, scored
 from benchmarks.step_work import contender_floor, shape_of
 from sap_fast.profile.counting import Counter
@@ -95,48 +96,81 @@ def test_a_ceiling_is_what_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_of(times: dict[str, float], dtype: str = "float32", kind: str = "real", **others: Any) -> list[dict[str, Any]]:
-    shared = {"dtype": dtype, "padding": kind, "rounds": 30, "task_shape": [10, 128], **others}
-    return [{"contender": name, "ms": ms, **shared} for name, ms in times.items()]
+    shared = {"dtype": dtype, "padding": kind, "rounds": 7, "task_shape": [10, 128], **others}
+    # Rounds differ, and all contenders are slow in the same ones: ratios are steadier than times.
+    return [
+        {"contender": name, "ms": ms, "round_ms": [ms * (1 + i / 10) for i in range(shared["rounds"])], **shared}
+        for name, ms in times.items()
+    ]
+
+
+def judged(table: list[dict[str, Any]], device: str, model: str, digests: Any = ()) -> dict[str, dict[str, Any]]:
+    return {row["target"].partition(": ")[2]: row for row in step_targets.verdicts(table, digests, device, model)}
 
 
 def test_targets_on_a_cpu() -> None:
     times = {"lagged": 3.0, "tidy": 4.0, "released": 5.0, "plain-sft": 1.0}
-    found = step_targets.verdicts([*run_of(times), *run_of(times, "bfloat16", "full")], "cpu", "smollm2")
-    assert [(row["target"].partition(",")[0], row["value"]) for row in found[:4]] == [("smollm2 on cpu", None)] * 4
-    assert [row["verdict"] for row in found[4:]] == ["met", "missed", "not measured", "not measured"]
-    assert [row["value"] for row in found[4:]] == [0.75, 0.6, None, None]
-    assert found[5]["missed_by"] == pytest.approx(0.2)
-    said = step_targets.lines(found[4:])
-    assert said[0] == "met              smollm2 on cpu, float32: lagged, ms over tidy's <= 0.75: 0.75"
-    assert said[1] == "missed by 20.0%  smollm2 on cpu, float32: lagged, ms over released's <= 0.5: 0.6"
+    table = [*run_of(times), *run_of(times, "bfloat16", "full")]
+    found = step_targets.verdicts(table, [{"dtype": "float32", "identical": True}], "cpu", "smollm2")
+    assert [row["value"] for row in found[:4]] == [None] * 4
+    assert all(row["target"].startswith("smollm2 on cpu, bfloat16: ") for row in found[:5])
+    found = found[5:]
+    assert [row["verdict"] for row in found] == ["met", "missed", "not measured", "not measured", "met"]
+    assert [row["value"] for row in found] == [0.75, 0.6, None, None, None]
+    assert found[1]["missed_by"] == pytest.approx(0.2)
+    said = step_targets.lines(found)
+    assert said[0] == "met              smollm2 on cpu, float32: lagged, ms over tidy's <= 0.75: 0.75 (0.75 to 0.75)"
+    assert said[1] == "missed by 20.0%  smollm2 on cpu, float32: lagged, ms over released's <= 0.5: 0.6 (0.6 to 0.6)"
     assert said[2].startswith("not measured     smollm2 on cpu, float32: direction-every+tangents, ms over plain-sft's")
-    assert {row["verdict"] for row in step_targets.verdicts(run_of(times), "cpu", "random")} == {"not measured"}
+    assert said[4] == "met              smollm2 on cpu, float32: the same steps taken twice: identical in every bit"
+    assert {row["verdict"] for row in judged(run_of(times), "cpu", "random").values()} == {"not measured"}
 
 
-def test_targets_on_a_gpu() -> None:
-    times = {"lagged": 100.0, "tidy": 240.0, "released": 170.0, "own-sft": 30.0, "direction-kept": 60.0}
+@pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+def test_targets_on_a_gpu(device: str) -> None:
+    times = {"lagged": 100.0, "graph": 90.0, "tidy": 240.0, "released": 170.0, "own-sft": 30.0, "direction-kept": 60.0}
+    times |= {"lagged-padded": 160.0, "liger-sft": 45.0}
     shared = {"tflops_per_s": 590.0, "peak_memory": 2**34, "launches": 1800.0}
     table = run_of(times, "bfloat16", **shared)
-    found = step_targets.verdicts(table, "NVIDIA H200", "llama-2-7b")
-    by_value = {row["target"].partition(": ")[2]: (row["value"], row["verdict"]) for row in found}
+    on_floor = run_of({"lagged": 150.0, "graph": 140.0}, "bfloat16", "floor", **(shared | {"tflops_per_s": 610.0}))
+    digests = [{"dtype": "bfloat16", "identical": False}]
+    found = judged([*table, *on_floor], device, "llama-2-7b", digests)
+    by_value = {name: (row["value"], row["verdict"]) for name, row in found.items()}
     assert by_value["lagged, ms: times faster than tidy >= 2.5"] == (2.4, "missed")
+    assert by_value["graph, ms: times faster than tidy >= 2.5"] == (pytest.approx(2.667, abs=1e-3), "met")
     assert by_value["lagged, ms: times faster than released >= 1.7"] == (1.7, "met")
+    assert by_value["lagged-padded, ms: times faster than tidy >= 1.4"] == (1.5, "met")
+    assert by_value["own-sft, ms: times faster than liger-sft >= 1.3"] == (1.5, "met")
     assert by_value["direction-kept, ms over own-sft's <= 1.95"] == (2.0, "missed")
     assert by_value["lagged, ms over plain-sft's <= 2"] == (None, "not measured")
-    assert by_value["lagged, tflops_per_s >= 600"] == (590.0, "missed")
+    # What a step gets out of the device is judged on the rows of the floor.
+    assert by_value["lagged, tflops_per_s on floor rows >= 600"] == (610.0, "met")
     assert by_value["lagged, peak_memory over tidy's <= 1"] == (1.0, "met")
     assert by_value["lagged, launches <= 2000"] == (1800.0, "met")
-    assert found[0]["missed_by"] == pytest.approx(0.04)
-    for device, model in (("NVIDIA A100", "llama-2-7b"), ("NVIDIA H200", "qwen2.5-7b")):
-        assert {row["verdict"] for row in step_targets.verdicts(table, device, model)} == {"not measured"}
+    assert by_value[step_targets.BITS] == (None, "missed")
+    assert found["lagged, ms: times faster than tidy >= 2.5"]["missed_by"] == pytest.approx(0.04)
+    assert found["lagged, launches <= 2000"]["interval"] is None
+    for other in (("NVIDIA A100", "llama-2-7b"), (device, "qwen2.5-7b")):
+        assert {row["verdict"] for row in judged(table, *other).values()} == {"not measured"}
 
 
-@pytest.mark.parametrize("other", [{"rounds": 29}, {"task_shape": [4, 64]}])
-def test_targets_are_judged_by_results_of_their_shapes(other: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("other", "verdict"), [({"rounds": 6}, "not measured (6 rounds)"), ({"task_shape": [4, 64]}, "not measured")]
+)
+def test_targets_are_judged_by_results_of_their_shapes(other: dict[str, Any], verdict: str) -> None:
     table = run_of({"lagged": 100.0, "tidy": 300.0}, "bfloat16", **other)
-    assert {row["verdict"] for row in step_targets.verdicts(table, "NVIDIA H200", "llama-2-7b")} == {"not measured"}
-    few = run_of({"lagged": 1.0, "tidy": 3.0}, rounds=6)
-    assert {row["verdict"] for row in step_targets.verdicts(few, "cpu", "smollm2")} == {"not measured"}
+    row = judged(table, "NVIDIA H200", "llama-2-7b")["lagged, ms: times faster than tidy >= 2.5"]
+    assert row["verdict"] == verdict and row["missed_by"] is None
+    assert row["value"] == (3.0 if "rounds" in other else None)
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"), [(1, None), (5, None), (6, (1, 6)), (7, (1, 7)), (8, (1, 8)), (9, (2, 8)), (30, (10, 21))]
+)
+def test_a_medians_interval_is_that_of_order_statistics(n: int, expected: tuple[int, int] | None) -> None:
+    """As in tables of the sign test at 95%."""
+    values = [float(i) for i in range(n, 0, -1)]
+    assert interval(values) == expected
 
 
 def test_every_target_names_a_contender() -> None:

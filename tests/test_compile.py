@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled import SHARED_LIMIT, Compiled, compiling
 from triton_kernels import INTERPRETED
 
+from benchmarks.compiled import SHARED_LIMIT, Compiled, compiling
 from sap_fast.ops._cases import Case, OpCases, cases_for, pose, run
 
 pytestmark = pytest.mark.skipif(

@@ -13,9 +13,9 @@ import torch
 from agreement import assert_agrees
 from torch import Tensor
 
-from benchmarks import gpu_ops
 from benchmarks.contenders import Recorder
-from benchmarks.gpu_ops import Subject, Widths
+from benchmarks.gpu import subjects
+from benchmarks.gpu.subjects import Subject, Widths
 from sap_fast import _C
 from sap_fast.ops._cases import OpCases, Problem, derive, every_op, pose, run
 
@@ -65,8 +65,8 @@ def test_modules_that_cannot_serve_are_left_alone_with_one_warning(tmp_path: Pat
 @pytest.fixture
 def many_rows(monkeypatch: pytest.MonkeyPatch, op: OpCases, dtype: torch.dtype) -> Problem:
     """Large enough for every loop of a kernel to be shared between threads, whose least share is 16384 elements."""
-    monkeypatch.setitem(gpu_ops.MODELS, "middling", Widths(272, 517, 301, 4, 2, 68))
-    return gpu_ops.posed(Subject(op.name, "middling", 203, 29 if op.name == "attention" else 0), "cpu", dtype)
+    monkeypatch.setitem(subjects.MODELS, "middling", Widths(272, 517, 301, 4, 2, 68))
+    return subjects.posed(Subject(op.name, "middling", 203, 29 if op.name == "attention" else 0), "cpu", dtype)
 
 
 @needs_extension

@@ -1,5 +1,7 @@
 """float8: what is rounded is off by its rounding, and what must stay exact stays so in every bit."""
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +18,7 @@ from sap_fast.convert import read_decoder
 from sap_fast.direction import harmful_direction
 from sap_fast.float8 import float8_weights
 from sap_fast.ops import LoRATarget, Part, lora_linear_together
-from sap_fast.ops.lora_linear.float8 import Float8Weight, product, rounded
+from sap_fast.ops.lora_linear.float8 import Float8Weight, product, refusal_to_write, rounded
 from sap_fast.passes import Micro
 from sap_fast.probe import Probe
 
@@ -343,6 +345,46 @@ def test_a_device_for_which_torch_has_no_product_is_refused(monkeypatch: pytest.
     monkeypatch.setattr(float8.torch.cuda, "get_device_name", lambda device: "Some GPU")
     with pytest.raises(ValueError, match=r"forms no such product on Some GPU \(no such kernel at all\); float8='emul"):
         float8._try(torch.device("cpu"))
+
+
+@pytest.fixture
+def asked_once() -> Iterator[None]:
+    """What torch can do is asked once for each device; here it changes from test to test."""
+    refusal_to_write.cache_clear()
+    yield
+    refusal_to_write.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_once")
+@pytest.mark.parametrize("writes", [True, False])
+def test_where_torch_does_not_write_products_in_place_they_are_copied(
+    monkeypatch: pytest.MonkeyPatch, writes: bool
+) -> None:
+    """... with the same results, and with a warning that says why."""
+    from sap_fast import float8
+
+    given: list[bool] = []
+
+    def scaled_mm(a: Tensor, b: Tensor, *scales: Tensor, out_dtype: Any, use_fast_accum: bool, out: Any = None) -> Any:
+        assert not use_fast_accum
+        given.append(out is not None)
+        if out is not None and not writes:
+            raise RuntimeError("out= is not\nto be had")
+        result = (a.float() @ b.float() * scales[0] * scales[1]).to(out_dtype)
+        return result if out is None else out.copy_(result)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    x, weight = rounded(torch.randn(5, 32)), rounded(torch.randn(16, 32))
+    found, expected = torch.empty(5, 16, dtype=torch.bfloat16), torch.empty(5, 16, dtype=torch.bfloat16)
+    assert product(x, weight, found, emulated=False) is found
+    assert torch.equal(found, product(x, weight, expected, emulated=True))
+    assert given == ([True, True] if writes else [True, False])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        float8._try(torch.device("cpu"))
+    assert [str(one.message).partition("(")[2].partition(")")[0] for one in told] == (
+        [] if writes else ["out= is not to be had"]
+    )
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9)])

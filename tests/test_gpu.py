@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from sync import forbidden_syncs
 from torch import Tensor
 
 from sap_fast.ops import attention, glu, rms_norm
@@ -36,13 +37,9 @@ def posed(op: OpCases, case: Case, dtype: torch.dtype) -> Problem:
 def test_never_waits_for_the_device(op: OpCases, case: Case, dtype: torch.dtype) -> None:
     problem = posed(op, case, dtype)
     run(op, problem)  # the first call compiles
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with forbidden_syncs():
         for each in (problem, problem.half(), problem.single()):
             run(op, each)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @every_op

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -11,6 +11,7 @@ import torch
 from oracle import ALL_LINEAR, lora, random_batch, random_pairs, tiny_model
 from recorders import Eager
 from steps import CONFIG, grads
+from sync import forbidden_syncs
 from torch import nn
 from torch.autograd import DeviceType
 
@@ -106,18 +107,14 @@ def test_a_replay_is_one_launch_whatever_the_depth() -> None:
 
 def test_nothing_is_waited_for_after_packing() -> None:
     with replaying(4) as (sap, batch, pairs):
-        outcome = sap._outcome
+        outcome, rest = sap._outcome, ExitStack()
 
         def strict(given: Any) -> Any:
-            torch.cuda.set_sync_debug_mode("error")  # from here to the end of the step
+            rest.enter_context(forbidden_syncs())  # from here to the end of the step
             return outcome(given)
 
-        before = torch.cuda.get_sync_debug_mode()
-        try:
-            with mock.patch.object(sap, "_outcome", strict):
-                sap.step(batch, pairs)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+        with rest, mock.patch.object(sap, "_outcome", strict):
+            sap.step(batch, pairs)
 
 
 def test_a_failed_recording_leaves_the_stream_and_the_step_as_they_were() -> None:

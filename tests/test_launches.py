@@ -54,7 +54,7 @@ class Ops(TorchDispatchMode):
 def counted() -> Iterator[Ops]:
     """Count all of a step but the passes themselves, the decoder's ops and their backward, and the packing."""
     of_decoder = [(Decoder, name) for name in ("start", "embed", "run_layers", "score")]
-    packing = [(Packer, name) for name in ("task", "pairs", "shared")]
+    packing = [(Packer, name) for name in ("read", "read_pairs", "task", "pairs")]
     with ExitStack() as stack:
         ops = stack.enter_context(Ops())
         for owner, name in [*of_decoder, *packing, (torch.autograd, "grad")]:

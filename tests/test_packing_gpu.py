@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import ALL_LINEAR, random_batch, random_pairs, tiny_model
+from oracle import ALL_LINEAR, VOCAB, random_batch, random_pairs, tiny_model
 from steps import CONFIG, grads
 from sync import forbidden_syncs
 from test_prefixes import alike
@@ -18,6 +18,7 @@ from trainers import ROWS, trainer
 
 import sap_fast
 from sap_fast import SAP, BatchError, SAPConfig
+from sap_fast.batch import pack
 from sap_fast.tensors import tensors_of
 from sap_fast.transfer import sent
 
@@ -143,14 +144,23 @@ def test_sent_is_pinned_once_and_aligned() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     x = {"a": torch.arange(5), "b": torch.tensor([True]), "c": torch.arange(3, dtype=torch.int32), "d": torch.tensor(2)}
     found = tensors_of(sent(x, device))[0]
-    assert all(t.device == device and t.data_ptr() % 256 == 0 for t in found)
+    assert all(t.device == device and t.data_ptr() % 512 == 0 for t in found)
     assert len({t.untyped_storage().data_ptr() for t in found}) == 1
+
+
+def test_rows_are_those_of_the_host() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    batch, cpu = random_batch(), torch.device("cpu")
+    expected = tensors_of(pack(batch, vocab_size=VOCAB, device=cpu))[0]
+    for given in (batch, there(batch)):
+        found = tensors_of(pack(given, vocab_size=VOCAB, device=device))[0]
+        assert all(x.device == device and torch.equal(x.cpu(), y) for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_batch_on_another_gpu_is_refused() -> None:
     elsewhere = {key: x.to("cuda:1") for key, x in random_batch().items()}
-    refused = pytest.raises(BatchError, match="on cuda:1, but the model on cuda:0; leave the batch on the host")
+    refused = pytest.raises(BatchError, match="on cuda:1, but the model on cuda:0; leave the batch on the CPU")
     with sap_fast.attach(on_gpu(), SAPConfig(probe_layers=(1,))) as sap, refused:
         sap.step(elsewhere)
 

@@ -171,8 +171,9 @@ def test_every_configuration_takes_the_same_step(name: str) -> None:
 def test_a_task_batch_under_dropout_shares_nothing() -> None:
     model = tiny_model(targets=ALL_LINEAR, lora_dropout=0.1).train()
     packer = Packer.of(read_decoder(model), SAPConfig())
-    assert packer.task(alike()).shared is None
-    assert packer.shared(packer.pairs(random_pairs())).shared is not None
+    batch, pairs = packer.read(alike()), packer.read_pairs(random_pairs())
+    assert packer.task(batch).shared is None
+    assert packer.pairs(pairs).shared is not None
     off = Packer.of(read_decoder(model.eval()), SAPConfig(share_prefixes=False))
-    assert off.task(alike()).shared is None and off.shared(off.pairs(random_pairs())).shared is None
-    assert Packer.of(read_decoder(model), SAPConfig()).task(alike()).shared is not None
+    assert off.task(batch).shared is None and off.pairs(pairs).shared is None
+    assert Packer.of(read_decoder(model), SAPConfig()).task(batch).shared is not None

@@ -14,7 +14,7 @@ from sap_fast import SAPConfig
 from sap_fast.ops._library import raw_ops
 from sap_fast.profile.advice import Parts, advise
 from sap_fast.profile.counting import Counter
-from sap_fast.profile.flops import _OWN
+from sap_fast.profile.flops import _OWN, matrix_flops
 from sap_fast.profile.trace import kernels
 
 # Counting
@@ -40,6 +40,22 @@ def test_flops_of_a_forward_pass_are_those_of_its_weights() -> None:
     assert work["sap"]["dual_forward"].flops == 2 * (rows * (2 * frozen + 3 * adapters) + 6 * scores)
     assert work["sft"]["head"].flops == 2 * 2 * head  # the logits, and the product with their cotangents
     assert work["sap"]["dual_head"].flops == 2 * work["sft"]["head"].flops
+
+
+def test_flops_of_grouped_attention_are_those_of_its_query_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """... also where torch's own formula takes as many heads of keys alone, as that of torch 2.11 does."""
+    from torch.utils import flop_counter
+
+    def of_equal_heads(q: Any, k: Any, v: Any) -> int:
+        assert q[:2] == k[:2] == v[:2]
+        return 2 * 2 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+    monkeypatch.setattr(flop_counter, "sdpa_flop_count", of_equal_heads)
+    q, k, v, do = (torch.zeros(1, heads, 5, 8) for heads in (4, 2, 2, 4))
+    ops = torch.ops.aten
+    forward = matrix_flops(ops._scaled_dot_product_flash_attention.default, (q, k, v), {}, None)
+    backward = matrix_flops(ops._scaled_dot_product_flash_attention_backward.default, (do, q, k, v), {}, None)
+    assert (forward, backward) == (2 * 2 * 4 * 5 * 5 * 8, 5 * 2 * 4 * 5 * 5 * 8)
 
 
 @pytest.mark.parametrize("halves", [1, 2])

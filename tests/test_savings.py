@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sap_fast
 from sap_fast import SAPConfig, StepRefusedError, passes
-from sap_fast.batch import drawn, pack
+from sap_fast.batch import pack, packed, read
 from sap_fast.convert import read_decoder
 from sap_fast.flat import Flat
 from sap_fast.passes import Micro
@@ -144,7 +144,8 @@ def test_over_all_draws_the_estimate_is_exact(chosen: int) -> None:
     generator = torch.Generator().manual_seed(0)
     zero = torch.zeros(2, decoder.hidden_size, dtype=torch.float64)
     vectors = 0.1 * torch.randn(zero.shape, generator=generator, dtype=torch.float64)
-    probe, whole = Probe((1, 2), vectors, zero, zero), pack(batch, **sizes)
+    probe, host = Probe((1, 2), vectors, zero, zero), read(batch, **sizes)
+    whole = packed(host)
     count = whole.sequences
     assert count > 2
     estimates = []
@@ -153,8 +154,8 @@ def test_over_all_draws_the_estimate_is_exact(chosen: int) -> None:
         for some in combinations(range(count), chosen):
             others = [i for i in range(count) if i not in some]
             parts = (
-                Micro(pack(drawn(batch, list(some)), **sizes, may_lack_labels=True), None, count / chosen),
-                Micro(pack(drawn(batch, others), **sizes, may_lack_labels=True), None),
+                Micro(packed(host.drawn(some)), None, count / chosen),
+                Micro(packed(host.drawn(others)), None),
             )
             found = passes.divided(decoder, [parts], probe, u)
             estimates.append(found.probe_dot)
@@ -216,7 +217,7 @@ def test_the_direction_is_that_of_the_pairs_drawn() -> None:
     candidates = []
     for i in range(half):
         torch.manual_seed(5)
-        candidates.append(run(model, CONFIG, batches, [drawn(pairs[0], [i, half + i])])[0])
+        candidates.append(run(model, CONFIG, batches, [{key: x[[i, half + i]] for key, x in pairs[0].items()}])[0])
     gaps = [gap(probe, other) for _, other, _ in candidates]
     assert sorted(gaps)[0] == 0 < sorted(gaps)[1]
     assert report.safety_margin == candidates[gaps.index(0.0)][2].safety_margin

@@ -4,9 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import models
 from benchmarks.step_rows import PUBLISHED, Given, Shapes, lengths, rows, scored
+from sap_fast import SAPConfig
+from sap_fast.convert import read_decoder
+from sap_fast.packing import Packer
 
 SHAPES = Shapes(4, 40, 2, 40)
 
@@ -27,6 +31,22 @@ def test_kinds_of_rows_hold_what_they_say() -> None:
     assert len({tuple(row) for row in full.batch["input_ids"].tolist()}) == 4
     published = given("full", PUBLISHED)
     assert (lengths(published.batch), lengths(published.pairs)) == ([128] * 10, [256] * 16)
+
+
+def test_floor_rows_are_those_that_the_floor_is_computed_for() -> None:
+    """Whatever the data: 768 tokens of tasks, of which half are scored, and pairs of 2,458 tokens on 2,027 rows."""
+    found = given("floor")
+    assert (found.shapes, sum(lengths(found.batch)), sum(lengths(found.pairs))) == (PUBLISHED, 768, 2458)
+    assert max(lengths(found.batch)) <= PUBLISHED.task_length and max(lengths(found.pairs)) <= PUBLISHED.pair_length
+    assert scored(found.batch) == pytest.approx(384, abs=5)
+    model = models.with_lora(models.tiny_base()[0])
+    packer = Packer.of(read_decoder(model), SAPConfig())
+    task, pairs = packer.task(packer.read(found.batch)), packer.pairs(packer.read_pairs(found.pairs))
+    assert (task.rows, task.shared, pairs.rows, pairs.tokens) == (768, None, 2027, 2458)
+    # Of a pair the prompt is what it shares, on average 35% of a sequence.
+    assert (pairs.tokens - pairs.rows) / 8 == pytest.approx(0.35 * 2458 / 16, abs=0.5)
+    again = given("floor")
+    assert all(torch.equal(found.batch[key], x) for key, x in again.batch.items())
 
 
 def test_rows_need_enough_data() -> None:

@@ -141,20 +141,19 @@ class SAPTrainer(Trainer):
             self._micros.clear()
 
     def get_train_dataloader(self) -> DataLoader:
-        """As ``Trainer.get_train_dataloader``, with batches that stay on the host, where a step packs them."""
-        accelerator = self.accelerator
-        kept = accelerator.device_placement
+        """As the Trainer's, but that batches stay on the host: packing there waits for no device."""
+        accelerator, placing = self.accelerator, self.accelerator.device_placement
         # Unless asked to dispatch batches itself (accelerator_config): it does so from the device alone.
-        accelerator.device_placement = kept and bool(accelerator.dispatch_batches)
+        accelerator.device_placement = placing and bool(accelerator.dispatch_batches)
         try:
             return super().get_train_dataloader()
         finally:
-            accelerator.device_placement = kept
+            accelerator.device_placement = placing
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """As ``Trainer.get_batch_samples``; its count of scored tokens, which no step reads, stays on the host."""
+        """As the Trainer's; its count of scored tokens, which no step reads, stays on the host."""
         return super().get_batch_samples(epoch_iterator, num_batches, torch.device("cpu"))
 
     def training_step(
@@ -170,7 +169,7 @@ class SAPTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedule-free optimizers
-        self._micros.append(inputs)
+        self._micros.append(inputs)  # on the host, where a step packs it
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         micros = self._micros.copy()

@@ -140,8 +140,7 @@ class Steps:
     def _own(self, batch: Batch, pairs: Batch | None, begin: Begin) -> None:
         begin("data")
         self._listen(begin)
-        device = self._decoder.device
-        self._sap.step(for_step(batch, device), None if pairs is None else for_step(pairs, device))
+        self._sap.step(batch, pairs)
         begin("optimizer")
         self._optimizer.step()
 
@@ -161,11 +160,6 @@ class Steps:
         decoder = self._decoder if begin is ignored else Observed.of(self._decoder, begin, self._cut)
         attached: tuple[Any, Snapshot] = decoder, self._snapshot
         self._sap._attached = attached
-
-
-def for_step(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """A batch as a step takes it: what is on the host stays there, and the rest is brought to the model's device."""
-    return {key: x if x.device.type == "cpu" else x.to(device) for key, x in batch.items()}
 
 
 def on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:

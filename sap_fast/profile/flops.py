@@ -29,11 +29,13 @@ def matrix_flops(op: Any, args: Sequence[Any], kwargs: Named, out: Any) -> int:
     if library == "sap_fast":
         names = [argument.name for argument in op._schema.arguments]
         return _OWN[name](dict(zip(names, args, strict=False)) | kwargs)
-    if name == "_scaled_dot_product_flash_attention_for_cpu":
-        return sdpa_flop_count(*(x.shape for x in args[:3]))
-    if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
-        # The scores again, and four products more.
-        return 5 * sdpa_flop_count(*(x.shape for x in args[1:4])) // 2
+    if name.startswith("_scaled_dot_product"):
+        is_backward = name.endswith("backward")
+        q, k, v = (x.shape for x in args[is_backward : 3 + is_backward])
+        # Heads of queries that share one of keys each multiply with it; torch 2.11 refuses to count that.
+        grouped = [(x[0], q[1], *x[2:]) for x in (k, v)]
+        # Backward: the scores again, and four products more.
+        return (5 if is_backward else 2) * sdpa_flop_count(q, *grouped) // 2
     formula = flop_registry.get(op._overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 

@@ -15,7 +15,7 @@ from sap_fast.config import SAPConfig
 from sap_fast.decoder import Decoder
 from sap_fast.errors import BatchError
 from sap_fast.packing import Packer
-from sap_fast.profile.contenders import Batch, for_step
+from sap_fast.profile.contenders import Batch
 from sap_fast.profile.files import why_taken
 
 
@@ -58,11 +58,11 @@ class Rounds:
         drawn = [_drawn(given, name, rounds) for given, name in ((batches, "batches"), (pairs, "pairs"))]
         rows = []
         for i, batch in enumerate(drawn[0]):
-            rows.append(packer.task(_there(batch, f"batches[{i}]", decoder), f"batches[{i}]"))
+            rows.append(packer.task(packer.read(_checked(batch, f"batches[{i}]"), f"batches[{i}]")))
         pair_rows = []
         for i, pair in enumerate(drawn[1]):
             try:
-                pair_rows.append(packer.shared(packer.pairs(_there(pair, f"pairs[{i}]", decoder))))
+                pair_rows.append(packer.pairs(packer.read_pairs(_checked(pair, f"pairs[{i}]"))))
             except BatchError as error:
                 error.add_note(f"This is of pairs[{i}].")
                 raise
@@ -112,7 +112,7 @@ def _drawn(given: Any, name: str, rounds: int) -> list[Batch]:
     return drawn
 
 
-def _there(batch: Any, name: str, decoder: Decoder) -> dict[str, Tensor]:
+def _checked(batch: Any, name: str) -> Batch:
     if not isinstance(batch, Mapping):
         raise BatchError(
             f"{name} must be a dict of tensors, but is a {type(batch).__name__}; a step is profiled with one "
@@ -120,4 +120,4 @@ def _there(batch: Any, name: str, decoder: Decoder) -> dict[str, Tensor]:
         )
     if other := [key for key, x in batch.items() if not isinstance(x, Tensor)]:
         raise BatchError(f"{name} holds {other}, which are no tensors")
-    return for_step(batch, decoder.device)
+    return batch

@@ -63,7 +63,8 @@ def rounded(x: Tensor) -> Float8Matrix:
     On CUDA tensors a Triton kernel serves it, else torch's ops, which would read and write more than the product saves.
     """
     if x.is_cuda and x.dtype != torch.float64 and architecture(x.device) is not None:
-        return Float8Matrix(*_kernel()(x))
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            return Float8Matrix(*_kernel()(x))
     x = x.float()
     # Clamped, so that a row of zeros is not divided by zero.
     scale = (x.abs().amax(1, keepdim=True) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
@@ -76,6 +77,28 @@ def product(x: Float8Matrix, weight: Float8Matrix, out: Tensor, *, emulated: boo
     if emulated:
         sums = x.values.float() @ weight.values.float().t()
         return out.copy_(sums * x.scale * weight.scale.t())
+    if refusal_to_write(out.device) is None:
+        return _scaled(x, weight, out.dtype, out)
+    return out.copy_(_scaled(x, weight, out.dtype))
+
+
+def _scaled(x: Float8Matrix, weight: Float8Matrix, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     operands = x.values, weight.values.t(), x.scale, weight.scale.t()
     # Sums in full float32, as emulated: Hopper's fast ones keep 14 bits.
-    return torch._scaled_mm(*operands, out_dtype=out.dtype, use_fast_accum=False, out=out)
+    return torch._scaled_mm(*operands, out_dtype=dtype, use_fast_accum=False, out=out)
+
+
+@functools.cache
+def refusal_to_write(device: torch.device) -> str | None:
+    """Why torch refuses to write a product with scales by rows where it is told to; None if it does as it is told.
+
+    Which forms of these products there are differs between releases of torch. One is tried, once for each device;
+    where it is refused, products are formed in memory of their own and copied, which costs a pass over each.
+    """
+    x = rounded(torch.ones(BLOCK, BLOCK, device=device))
+    out = torch.empty(BLOCK, BLOCK, device=device, dtype=torch.bfloat16)
+    try:
+        _scaled(x, x, out.dtype, out)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return " ".join(str(error).split())[:300]
+    return None

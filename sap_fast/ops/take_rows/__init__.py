@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -40,6 +41,13 @@ class RowIndex(NamedTuple):
         takers = rows.argsort(stable=True)
         every = torch.arange(count + 1, device=rows.device)
         return cls(rows, torch.searchsorted(rows[takers], every), takers)
+
+    @classmethod
+    def on_host(cls, rows: np.ndarray, count: int) -> "RowIndex":
+        """The same from numbers that are known on the host, on the CPU."""
+        offsets = np.zeros(count + 1, np.int64)
+        np.cumsum(np.bincount(rows, minlength=count), out=offsets[1:])
+        return cls(*map(torch.from_numpy, (rows, offsets, rows.argsort(kind="stable"))))
 
 
 def take_rows(pairs: Sequence[tuple[Tensor, Tensor | None]], index: RowIndex) -> list[tuple[Tensor, Tensor | None]]:

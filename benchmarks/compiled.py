@@ -5,13 +5,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pytest
+from unittest import mock
 
 from sap_fast.ops._library import launcher, launchers_on_cpu, raw_ops
 
@@ -22,18 +22,41 @@ SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942"
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as compiled: shared memory in bytes, bytes of local memory a thread, and its assembly."""
+    """One kernel as compiled, for one set of options.
+
+    Attributes:
+        shared: bytes of shared memory.
+        local: bytes of local memory a thread.
+        registers: a thread.
+        assembly: PTX, or AMD's; empty if it was not compiled here but found in a cache.
+        options: its constants and compilation options, by name.
+    """
 
     name: str
     shared: int
     local: int
+    registers: int
     assembly: str
+    options: Mapping[str, Any]
 
     @property
     def products(self) -> set[str]:
         """The kinds of tensor-core instructions in it."""
         kinds = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma", "mfma": "v_mfma"}
         return {kind for kind, instruction in kinds.items() if instruction in self.assembly}
+
+    def accesses(self, kind: str) -> Counter[int]:
+        """How many instructions of a kind, ``"ld"`` or ``"st"``, go to global memory, by their width in bytes.
+
+        Among the loads are the asynchronous ones, which go to shared memory.
+        """
+        found: Counter[int] = Counter()
+        if kind == "ld":
+            found.update(int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.[^;]*?\], (\w+)", self.assembly))
+        pattern = rf"\b{kind}\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.[busf](\d+)\b"
+        for vector, bits in re.findall(pattern, self.assembly):
+            found[int(vector or 1) * int(bits) // 8] += 1
+        return found
 
 
 class _Driver:
@@ -68,30 +91,40 @@ def compiling(arch: str) -> Iterator[list[Compiled]]:
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         binary = run(kernel, *args, grid=grid, warmup=True, **options)
         if id(binary) not in found:
-            found[id(binary)] = _read(kernel.__name__, binary, arch)
+            found[id(binary)] = _read(kernel.__name__, binary, arch, options)
             result.append(found[id(binary)])
 
     run = JITFunction.run
-    with pytest.MonkeyPatch.context() as patch, launchers_on_cpu():
-        patch.setattr(JITFunction, "run", compile_only)
-        patch.setattr(driver, "_active", _Driver(arch))
-        for name in raw_ops():
-            patch.setattr(sys.modules[launcher(name).__module__], "architecture", lambda device: arch)
+    compile_runs = mock.patch.object(JITFunction, "run", compile_only)
+    with launched_for(arch), compile_runs, mock.patch.object(driver, "_active", _Driver(arch)):
         yield result
 
 
-def _read(name: str, binary: Any, arch: str) -> Compiled:
+@contextmanager
+def launched_for(arch: str) -> Iterator[None]:
+    """Within it, the raw ops on CPU tensors launch their kernels as they would on a GPU of an architecture."""
+    with ExitStack() as patches:
+        patches.enter_context(launchers_on_cpu())
+        for module in {sys.modules[launcher(name).__module__] for name in raw_ops()}:
+            patches.enter_context(mock.patch.object(module, "architecture", lambda device: arch))
+        yield
+
+
+def _read(name: str, binary: Any, arch: str, options: Mapping[str, Any]) -> Compiled:
     if arch.startswith("gfx"):
         text = binary.asm["amdgcn"]
         (local,) = map(int, re.findall(r"\.private_segment_fixed_size: (\d+)", text))
-        return Compiled(name, binary.metadata.shared, local, text)
+        (registers,) = map(int, re.findall(r"\.vgpr_count:\s+(\d+)", text))
+        return Compiled(name, binary.metadata.shared, local, registers, text, options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         usage = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True)
     (stack,) = map(int, re.findall(r"STACK:(\d+)", usage.stdout))
     (local,) = map(int, re.findall(r"LOCAL:(\d+)", usage.stdout))
-    return Compiled(name, binary.metadata.shared, stack + local, binary.asm["ptx"])
+    (registers,) = map(int, re.findall(r"REG:(\d+)", usage.stdout))
+    # A cache that has travelled (``benchmarks/gpu/cache.py``) holds machine code alone.
+    return Compiled(name, binary.metadata.shared, stack + local, registers, binary.asm.get("ptx", ""), options)
 
 
 @functools.cache

@@ -3,12 +3,12 @@
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.contenders import PASSES
-from benchmarks.gpu_ops import MANY, ROW_WISE, Visit
-from benchmarks.gpu_session import Test, parameter
+from benchmarks.gpu.results import Item
+from benchmarks.gpu.subjects import MANY, ROW_WISE, Visit
 
 Row = dict[str, Any]
 
@@ -22,38 +22,32 @@ LEAST_COSINE = 0.995
 NORMS, ATTENTION_MODEL = ("rms_norm", "probe_rms_norm"), "llama-2-7b"
 
 
-def times(report: Mapping[str, Any]) -> dict[str, tuple[list[float], int | None]]:
-    """pytest-benchmark's report as ``{test: (seconds, bytes)}``."""
-    return {b["name"]: (b["stats"]["data"], b["extra_info"]["bytes"]) for b in report["benchmarks"]}
-
-
-def copy_bandwidth(timed: Mapping[str, tuple[list[float], int | None]]) -> float | None:
+def copy_bandwidth(items: Iterable[Item]) -> float | None:
     """Bytes read and written a second, over both copies."""
-    copies = [found for name, found in timed.items() if name.startswith("test_copy")]
-    seconds = [s for data, _ in copies for s in data]
-    return copies[0][1] / statistics.median(seconds) if seconds else None
+    copies = [item.values for item in items if "::test_copy" in item.id and "seconds" in item.values]
+    seconds = [s for values in copies for s in values["seconds"]]
+    return copies[0]["bytes"] / statistics.median(seconds) if seconds else None
 
 
-def rows(tests: Sequence[Test], timed: Mapping[str, tuple[list[float], int | None]]) -> list[Row]:
+def rows(items: Sequence[Item]) -> list[Row]:
     """One row for each op, size and pass; in it every contender, with its median time or why it has none."""
-    copied = copy_bandwidth(timed)
+    copied = copy_bandwidth(items)
     result: dict[tuple, Row] = {}
     seconds: dict[tuple, list[float]] = {}
-    for test in tests:
-        if not test.name.startswith("test_op["):
+    for item in items:
+        if "::test_op[" not in item.id:
             continue
-        visit = Visit.parse(parameter(test.name))
+        visit = Visit.parse(parameter(item.id))
         subject, pass_, name, _ = visit
         what = {"op": subject.op, "model": subject.model, "shape": subject.shape, "rows": subject.rows}
         what |= {"length": subject.length, "pass": pass_, "bytes": None, "contenders": {}, "times_faster_than": {}}
         row = result.setdefault((subject, pass_), what)
-        if test.name not in timed:
-            row["contenders"].setdefault(name, {"outcome": f"{test.outcome}: {test.reason}"})
+        if "seconds" not in item.values:
+            row["contenders"].setdefault(name, {"outcome": f"{item.outcome}: {item.reason}"})
             continue
-        data, moved = timed[test.name]
-        row["bytes"] = row["bytes"] or moved
+        row["bytes"] = row["bytes"] or item.values["bytes"]
         pooled = seconds.setdefault((subject, pass_, name), [])
-        pooled += data
+        pooled += item.values["seconds"]
         row["contenders"][name] = {"us": 1e6 * statistics.median(pooled), "rounds": len(pooled)}
     for row in result.values():
         _add_ratios(row, copied)
@@ -73,13 +67,13 @@ def _add_ratios(row: Row, copied: float | None) -> None:
     }
 
 
-def memory(tests: Sequence[Test]) -> list[Row]:
+def memory(items: Sequence[Item]) -> list[Row]:
     """What attention allocated at each length, in bytes; None where it was not measured."""
-    found = [test for test in tests if test.name.startswith("test_memory[")]
+    found = [item for item in items if "::test_memory[" in item.id]
     return [
-        {"length": int(parameter(test.name)), "outcome": test.outcome, "reason": test.reason}
-        | {pass_: int(test.properties[pass_]) if pass_ in test.properties else None for pass_ in PASSES}
-        for test in found
+        {"length": int(parameter(item.id)), "outcome": item.outcome, "reason": item.reason}
+        | {pass_: item.values.get(pass_) for pass_ in PASSES}
+        for item in found
     ]
 
 
@@ -160,3 +154,8 @@ def verdicts(targets: Iterable[Row]) -> list[str]:
         f"{row['verdict']:13} {row['target']}" + ("" if row["value"] is None else f": {row['value']:.3g}")
         for row in targets
     ]
+
+
+def parameter(id: str) -> str:
+    """What is in the brackets of a test's id."""
+    return id.partition("[")[2].removesuffix("]")

@@ -1,7 +1,4 @@
-"""Times every op and its contenders on a device: what ``python -m benchmarks.gpu --part ops`` runs.
-
-By itself this file has nothing to time; ``benchmarks.gpu`` says on what, and until when.
-"""
+"""Times every op and its contenders on a device, each found right before it is timed: a stage of ``benchmarks.gpu``."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +9,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import gpu_ops, gpu_session
 from benchmarks.device_timer import DeviceTimer, Flush
-from benchmarks.gpu_ops import Stage, Subject, Visit
+from benchmarks.gpu import subjects
+from benchmarks.gpu.subjects import Stage, Subject, Visit
 from benchmarks.peers import AbsentError
 from sap_fast.ops._library import launchers_on_cpu
 
@@ -30,11 +27,13 @@ COPIED = {"cuda": 2**30, "cpu": 2**20}
 # Tokens of the one sequence whose attention must not keep a T x T matrix.
 LENGTHS, TINY_LENGTHS = (2048, 4096, 8192), (16, 32)
 
+Measure = Callable[..., None]
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    size = metafunc.config.getoption(gpu_session.SIZE, None)
+    size = metafunc.config.getoption("--size", None)
     if "visit" in metafunc.fixturenames:
-        visits = gpu_ops.visits(size == "tiny") if size else []
+        visits = subjects.visits(size == "tiny") if size else []
         metafunc.parametrize("visit", visits, ids=str)
     if "length" in metafunc.fixturenames:
         metafunc.parametrize("length", (TINY_LENGTHS if size == "tiny" else LENGTHS) if size else [])
@@ -42,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def size(request: pytest.FixtureRequest) -> str:
-    return request.config.getoption(gpu_session.SIZE, None) or pytest.skip("benchmarks.gpu runs this")
+    return request.config.getoption("--size", None) or pytest.skip("benchmarks.gpu runs this")
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +56,20 @@ def flush() -> Flush:
     return Flush(DEVICE)
 
 
-def measure(benchmark: BenchmarkFixture, flush: Flush, function: Callable[[], Any], moved: int | None = None) -> None:
-    """Time a function whose kernels are compiled."""
+@pytest.fixture
+def measure(benchmark: BenchmarkFixture, flush: Flush, record_property: Callable[[str, object], None]) -> Measure:
+    """Times a function whose kernels are compiled, and records its seconds, and the bytes that it moves."""
+
+    def measured(function: Callable[[], Any], moved: int | None = None) -> None:
+        timed_by(benchmark, flush, function)
+        record_property("seconds", list(benchmark.stats.stats.data))
+        record_property("bytes", moved)
+
+    return measured
+
+
+def timed_by(benchmark: BenchmarkFixture, flush: Flush, function: Callable[[], Any]) -> None:
+    """Let pytest-benchmark time a function in as many rounds as fit into ``SECONDS``."""
 
     def timed() -> None:
         with TIMER.region():
@@ -75,18 +86,17 @@ def measure(benchmark: BenchmarkFixture, flush: Flush, function: Callable[[], An
         once()
         rounds = min(max(round(SECONDS / once()), FEWEST), MOST)
     benchmark.pedantic(timed, setup=flush, rounds=rounds)
-    benchmark.extra_info["bytes"] = moved
 
 
-def copy(benchmark: BenchmarkFixture, flush: Flush) -> None:
+def copy(measure: Measure) -> None:
     source = torch.zeros(COPIED[DEVICE], dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
-    measure(benchmark, flush, lambda: target.copy_(source), 2 * source.numel())
+    measure(lambda: target.copy_(source), 2 * source.numel())
 
 
-def test_copy_first(benchmark: BenchmarkFixture, flush: Flush, size: str) -> None:
+def test_copy_first(measure: Measure, size: str) -> None:
     """What a device can do: the bandwidth of a copy, bytes read and written."""
-    copy(benchmark, flush)
+    copy(measure)
 
 
 def test_memory(stage: Stage, length: int, record_property: Callable[[str, object], None]) -> None:
@@ -94,8 +104,8 @@ def test_memory(stage: Stage, length: int, record_property: Callable[[str, objec
     if DEVICE == "cpu":
         pytest.skip("a CPU does not count what is allocated")
     subject = Subject("attention", "llama-2-7b", length, length)
-    problem = gpu_ops.posed(subject, stage.device, stage.dtype)
-    functions = gpu_ops.contender("ours", gpu_ops.op_named(subject.op), problem).functions
+    problem = subjects.posed(subject, stage.device, stage.dtype)
+    functions = subjects.contender("ours", subjects.op_named(subject.op), problem).functions
     for name, function in functions.items():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -105,19 +115,17 @@ def test_memory(stage: Stage, length: int, record_property: Callable[[str, objec
         record_property(name, torch.cuda.max_memory_allocated() - before)
 
 
-def test_op(
-    benchmark: BenchmarkFixture, stage: Stage, flush: Flush, visit: Visit, request: pytest.FixtureRequest
-) -> None:
-    deadline = request.config.getoption(gpu_session.DEADLINE)
+def test_op(measure: Measure, stage: Stage, visit: Visit, request: pytest.FixtureRequest) -> None:
+    deadline = request.config.getoption("--deadline")
     if visit.contender == "compiled" and deadline is not None and time.time() > deadline - COMPILATION:
-        pytest.skip(gpu_session.OUT_OF_TIME)
+        pytest.skip("time")
     try:
         contender = stage.checked(visit)
     except AbsentError as absent:
         pytest.skip(str(absent))
-    measure(benchmark, flush, contender.functions[visit.pass_], contender.moved.get(visit.pass_))
+    measure(contender.functions[visit.pass_], contender.moved.get(visit.pass_))
 
 
-def test_copy_last(benchmark: BenchmarkFixture, flush: Flush, size: str) -> None:
+def test_copy_last(measure: Measure, size: str) -> None:
     """The same at the end, since a device may have slowed down."""
-    copy(benchmark, flush)
+    copy(measure)

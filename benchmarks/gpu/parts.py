@@ -1,0 +1,266 @@
+"""The parts of a run on a GPU: which stages they have, in which order, and how long each may take.
+
+What tells the most comes first. A stage that ends early leaves its time to those after it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import models
+from benchmarks.gpu import cache, results
+from benchmarks.gpu.processes import Command, Runner, Tests
+
+# Seconds that a part takes by default, starts of its processes included.
+LIMITS = {"check": 260.0, "time": 330.0, "ahead": 1800.0}
+WORKERS = 16
+# The most that a stage may take; what a part has beyond its default goes to the tests, and to the whole steps.
+COMPILING, SMOKE, STEPS = 35.0, 70.0, 65.0
+AGAIN, CEILINGS, FIDELITY, OPS, PROFILE, FLOAT8_STEPS = 40.0, 20.0, 45.0, 50.0, 30.0, 60.0
+# With less, no stage begins: its processes would hardly have started.
+LEAST = 8.0
+
+SMOKE_FILE, VARIANTS_FILE, OPS_FILE = (f"benchmarks/gpu/{name}.py" for name in ("smoke", "variants", "ops"))
+# The kernels' contract; then what only a GPU shows.
+DEVICE_TESTS = tuple(
+    f"tests/{name}.py"
+    for name in (
+        *("test_kernels", "test_graph_gpu", "test_gpu", "test_kernel_step", "test_float8", "test_attention_backends"),
+        *("test_packing", "test_kernel_edges", "test_kernel_float8", "test_kernel_dropout"),
+    )
+)
+# Compiling by torch takes longer than it tells.
+LEFT_OUT = "not compiles_without_a_graph_break"
+# In the interpreter, a handful.
+TINY_TESTS = ("tests/test_kernels.py", "-k", "test_agrees_with_the_oracle and 5x7 and float32")
+
+# The stages that are one command.
+COMMANDS = ("ceilings", "step", "fidelity", "profile", "float8")
+
+MODEL = "llama-2-7b"
+CHECKED = ("lagged", "graph", "plain-sft")
+# In the order of the goals.
+TIMED = (
+    *("lagged", "graph", "own-sft", "direction-kept", "plain-sft", "tidy", "released", "probe-every"),
+    *("direction-every", "direction-every+tangents", "lagged-padded", "liger-sft", "trl-sft"),
+)
+# It holds a second copy of the weights, by products that differ between releases of torch: in a process of its own.
+FLOAT8 = ("plain-sft", "lagged", "float8")
+TINY_CONTENDERS = ("tidy", "plain-sft", "own-sft", "lagged")
+
+
+def environment(*, tiny: bool) -> dict[str, Any]:
+    """Where a run takes place: see :func:`benchmarks.models.environment`."""
+    return models.environment("cpu" if tiny or not torch.cuda.is_available() else "cuda")
+
+
+def unfit(args: argparse.Namespace) -> str | None:
+    """Why a part cannot run here as it was asked for; None if it can."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if args.part == "ahead":
+        return None
+    if not args.tiny and not torch.cuda.is_available():
+        return "no GPU is at hand; --tiny goes through every stage without one"
+    if not args.tiny and interpreted:
+        return "TRITON_INTERPRET=1 keeps kernels off the GPU: unset it, or give --tiny"
+    if args.sanitize and (args.part != "check" or args.tiny):
+        return "--sanitize belongs to --part check, on a GPU"
+    if args.sanitize and sanitizer() is None:
+        return "--sanitize needs compute-sanitizer, which comes with CUDA: put it on the PATH"
+    return None
+
+
+def sanitizer() -> str | None:
+    """Where compute-sanitizer is."""
+    beside = "/usr/local/cuda/bin/compute-sanitizer"
+    return shutil.which("compute-sanitizer") or (beside if Path(beside).exists() else None)
+
+
+class Run:
+    """One run of a part: its stages, within the time that is left.
+
+    Args:
+        args: of the command.
+        folder: for files that nobody keeps.
+        end: when the last stage must have ended, in seconds since 1970.
+        carried: the folder of what was brought along.
+        clock: tells the time.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        runner: Runner,
+        folder: Path,
+        end: float,
+        carried: Path,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.args, self.runner, self.folder, self.end, self._clock = args, runner, folder, end, clock
+        # A run on a GPU uses the user's own cache; what is compiled for another device stays apart from it.
+        apart = args.tiny or args.part == "ahead"
+        self.cache = folder / "triton" if apart else cache.default_folder()
+        self.size = "tiny" if args.tiny else "real"
+        sources = [carried / cache.NAME, *([args.resume / cache.NAME] if args.resume else [])]
+        for source in sources if not args.tiny else []:
+            if source.exists():
+                count = cache.unpack(source, self.cache)
+                print(f"{source}: {count} files of compiled kernels", flush=True)
+
+    @property
+    def environment(self) -> dict[str, str | None]:
+        """Variables of every stage's processes."""
+        threads = "1" if self.args.tiny else "2"
+        common: dict[str, str | None] = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": threads}
+        common |= {"TRITON_CACHE_DIR": str(self.cache), "PYTHONUNBUFFERED": "1", "KINETO_LOG_LEVEL": "6"}
+        common |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        return common | ({"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"} if self.args.tiny else {})
+
+    def seconds(self, most: float, keep: float = 0.0) -> float:
+        """What a stage may take: at most ``most``, of what is left less what those after it keep."""
+        return min(most, self.end - self._clock() - keep)
+
+    def done(self, stage: str) -> bool:
+        """Whether an earlier run has come to the end of a stage."""
+        lines = results.read(self.runner.found)
+        return any(line["kind"] == "stage" and line["stage"] == stage and line.get("earlier") for line in lines)
+
+    def tests(self, tests: Tests, most: float, keep: float = 0.0) -> None:
+        """Run a stage of tests, if there is time for it and ``--only`` has something in it."""
+        name, colons, _ = (self.args.only or "*").partition("::")
+        files = [word for word in tests.arguments if word.endswith(".py")]
+        elsewhere = name.partition("/")[0] in COMMANDS
+        if any(results.matches(file, name) for file in files) if colons else not elsewhere:
+            self._run(tests.stage, lambda seconds: self.runner.tests(tests, seconds), most, keep)
+
+    def command(self, command: Command, most: float, keep: float = 0.0) -> None:
+        """Run a stage that is one command, likewise."""
+        only = self.args.only
+        if not self.done(command.stage) and (only is None or results.matches(command.stage, only.partition("/")[0])):
+            self._run(command.stage, lambda seconds: self.runner.command(command, seconds), most, keep)
+
+    def _run(self, stage: str, run: Callable[[float], Any], most: float, keep: float) -> None:
+        seconds = self.seconds(most, keep)
+        if seconds < LEAST:
+            self.runner.ended(stage, 0.0, ["not begun: no time was left"])
+            return
+        print(f"{stage}: at most {seconds:.0f} s", flush=True)
+        run(seconds)
+
+    def python(self, stage: str, module: str, *arguments: str, rows: bool = True) -> Command:
+        """A stage that is one of the benchmarks' commands; with ``rows`` it is told where to write them."""
+        path = self.folder / f"{stage}.jsonl"
+        words = ["-m", module, *arguments, *(["--jsonl", str(path)] if rows else [])]
+        return Command(stage, words, self.environment, path if rows else None)
+
+    def keep(self) -> None:
+        """Pack the kernels that were compiled."""
+        if self.cache.exists():
+            print(f"{cache.NAME}: {cache.pack(self.cache, self.args.out / cache.NAME)}", flush=True)
+
+
+def check(run: Run) -> None:
+    """Does everything run, is it right."""
+    args = run.args
+    if args.sanitize:
+        return sanitize(run)
+    variants(run, most=COMPILING, keep=60.0)
+    smoke = (SMOKE_FILE, *map(str, args.also), f"--size={run.size}")
+    run.tests(Tests("smoke", smoke, args.workers, run.environment), SMOKE, keep=30.0)
+    tests = TINY_TESTS if args.tiny else (*DEVICE_TESTS, "-m", "gpu", "-k", LEFT_OUT)
+    run.tests(Tests("tests", (*tests, "--spread"), args.workers, run.environment), float("inf"), keep=STEPS)
+    checked = TINY_CONTENDERS[1::2] if args.tiny else CHECKED
+    run.command(_steps(run, "step", checked, rounds=2, most=STEPS), STEPS)
+    return None
+
+
+def variants(run: Run, most: float, keep: float = 0.0) -> None:
+    """Compile what the smoke launches."""
+    # The interpreter leaves nothing to compile. Each kernel is found in its place afterwards.
+    environment = run.environment | {"TRITON_INTERPRET": None, "CUBLAS_WORKSPACE_CONFIG": None}
+    arch = [f"--arch={run.args.arch}"] if run.args.tiny or run.args.part == "ahead" else []
+    arguments = (VARIANTS_FILE, f"--size={run.size}", *arch)
+    run.tests(Tests("compile", arguments, run.args.workers, environment), most, keep)
+
+
+def sanitize(run: Run) -> None:
+    """One op's smoke under compute-sanitizer, which sees accesses beyond what was allocated."""
+    program = sanitizer()
+    assert program is not None
+    before = (program, "--tool", "memcheck", "--error-exitcode", "99", "--print-limit", "20")
+    environment = run.environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    arguments = (SMOKE_FILE, f"--size={run.size}", "-k", f"test_op and {run.args.sanitize}-")
+    run.tests(Tests("sanitize", arguments, 1, environment, before), float("inf"))
+
+
+def time_(run: Run) -> None:
+    """How fast is it; first, whether what failed is mended."""
+    args = run.args
+    if results.wrong(results.read(run.runner.found)):
+        files = (SMOKE_FILE, *map(str, args.also), *(TINY_TESTS[:1] if args.tiny else DEVICE_TESTS))
+        again = Tests("again", (*files, f"--size={run.size}", "--again"), args.workers, run.environment)
+        run.tests(again, AGAIN)
+    run.command(run.python("ceilings", "benchmarks.gpu.ceilings", *_device(run)), CEILINGS)
+    # By default they get some 180 s; of less time, most of it.
+    steps = max(run.seconds(float("inf"), keep=FIDELITY + OPS + PROFILE), run.seconds(float("inf")) / 2)
+    timed, rounds = (TINY_CONTENDERS, 1) if args.tiny else (TIMED, 30)
+    run.command(_steps(run, "step", timed, rounds, steps), steps)
+    fidelity = ["--json", str(run.folder / "fidelity.json"), *(["--tiny"] if args.tiny else ["--models", "llama"])]
+    fidelity += [] if args.tiny else ["--device", "cuda"]
+    run.command(run.python("fidelity", "benchmarks.fidelity", *fidelity), FIDELITY)
+    run.tests(Tests("ops", (OPS_FILE, f"--size={run.size}"), 1, run.environment), OPS)
+    profile(run)
+    if not args.tiny:  # what is left: no goal is judged by it
+        run.command(_steps(run, "float8", FLOAT8, 7, FLOAT8_STEPS), FLOAT8_STEPS)
+
+
+def profile(run: Run) -> None:
+    """A step by its phases; the page is kept."""
+    folder = run.folder / "profile"
+    arguments = ["--out", str(folder), *_device(run), *_data(run)]
+    arguments += ["--model", "tiny", "--small", "--steps", "1"] if run.args.tiny else ["--model", MODEL]
+    run.command(run.python("profile", "benchmarks.step_profile", *arguments, rows=False), PROFILE)
+    if (folder / "profile.html").exists():
+        shutil.copy(folder / "profile.html", run.args.out / "profile.html")
+    if (folder / "profile.json").exists():
+        found = json.loads((folder / "profile.json").read_text(encoding="utf-8"))
+        results.append(run.runner.found, {"kind": "row", "stage": "profile", "profile": found})
+
+
+def ahead(run: Run) -> None:
+    """Compile without a GPU what ``check`` compiles first."""
+    variants(run, most=float("inf"))
+
+
+def _steps(run: Run, stage: str, contenders: Sequence[str], rounds: int, most: float) -> Command:
+    """Whole steps. The command is given a little less than it may take, so that it ends by itself."""
+    only = run.args.only
+    chosen = list(contenders)
+    if only is not None and "/" in only:
+        chosen = [name for name in contenders if results.matches(f"{stage}/{name}", only)]
+    arguments = ["--json", str(run.folder / f"{stage}.json"), "--rounds", str(rounds), "--dtype", "bfloat16"]
+    arguments += ["--limit", f"{max(1.0, 0.85 * run.seconds(most)):.0f}", "--contenders", *(chosen or contenders)]
+    if run.args.tiny:
+        arguments += ["--model", "tiny"]
+    else:
+        arguments += ["--model", MODEL, "--device", "cuda", "--published-shapes"]
+    arguments += ["--rows", "real", *(["floor"] if (run.args.part, stage) == ("time", "step") else [])]
+    return run.python(stage, "benchmarks.step", *arguments, *_data(run))
+
+
+def _device(run: Run) -> list[str]:
+    return ["--device", "cpu" if run.args.tiny else "cuda"]
+
+
+def _data(run: Run) -> list[str]:
+    return ["--data", str(run.args.data.absolute())] if run.args.data else []
+
+
+PARTS: Mapping[str, Callable[[Run], None]] = {"check": check, "time": time_, "ahead": ahead}

@@ -1,0 +1,143 @@
+"""What a run on a GPU has found: a line a fact, on disk the moment it is known, so that no stop loses it.
+
+``results.jsonl`` holds JSON objects, told apart by ``kind``:
+
+- ``run``: where it runs, what it was called with; the first line of each run;
+- ``stage``: a stage has ended, after how many seconds, and with which problem if it had one;
+- ``begin`` and ``result``: an item, which is one test, has begun, and how it ended (:class:`Item`);
+- ``row``: a measurement; its ``stage`` says of what;
+- ``share``: one of a stage's processes has come to its end, and what it has left out for want of time.
+
+Lines that a resumed run has from an earlier one carry ``"earlier": true``.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+
+NAME = "results.jsonl"
+# How an item may end: ``died`` with its process, ``hung`` until it was killed.
+PASSED, FAILED, SKIPPED, DIED, HUNG = "passed", "failed", "skipped", "died", "hung"
+WRONG = (FAILED, DIED, HUNG)
+
+
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Add a line, whole: several processes write to one file."""
+    data = (json.dumps(line) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> list[Line]:
+    """All lines of a file, none if there is none; what was cut off while it was written is left out."""
+    return parsed(path.read_bytes()) if path.exists() else []
+
+
+def parsed(data: bytes) -> list[Line]:
+    lines = []
+    for text in data.splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # the end of a file whose writer was killed
+            continue
+    return lines
+
+
+@dataclass(frozen=True)
+class Item:
+    """One test and how it ended.
+
+    Attributes:
+        id: pytest's node id.
+        reason: the first line of the exception, or why it was skipped.
+        values: what the test recorded of itself.
+        earlier: whether an earlier run found it.
+    """
+
+    id: str
+    stage: str
+    outcome: str
+    seconds: float = 0.0
+    reason: str = ""
+    traceback: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    earlier: bool = False
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> "Item":
+        return cls(**{key: line[key] for key in cls.__dataclass_fields__ if key in line})
+
+    @property
+    def line(self) -> Line:
+        return {"kind": "result", **vars(self)}
+
+
+def items(lines: Iterable[Mapping[str, Any]]) -> list[Item]:
+    """The items that have ended, by their last word, in the order in which they first ended."""
+    found: dict[str, Item] = {}
+    for line in lines:
+        if line["kind"] == "result":
+            found[line["id"]] = Item.of(line)
+    return list(found.values())
+
+
+def settled(lines: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The ids that a run need not begin: those it has begun, and those that an earlier one has found right.
+
+    What failed earlier is tried again: it may have been mended.
+    """
+    result = set()
+    for line in lines:
+        if line["kind"] in ("begin", "result"):
+            is_right = line["kind"] == "result" and line["outcome"] in (PASSED, SKIPPED)
+            if not line.get("earlier") or is_right:
+                result.add(line["id"])
+    return result
+
+
+def wrong(lines: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The ids that failed, died or hung at their last try."""
+    return {item.id for item in items(lines) if item.outcome in WRONG}
+
+
+def rows(lines: Iterable[Mapping[str, Any]], stage: str) -> list[Line]:
+    """The measurements of a stage."""
+    return [dict(line) for line in lines if line["kind"] == "row" and line["stage"] == stage]
+
+
+def carried_over(lines: Iterable[Mapping[str, Any]], part: str) -> list[Line]:
+    """What a run of a part takes over from an earlier run.
+
+    Its items; of the same part the measurements too, and which stages came to their end.
+    """
+    lines = list(lines)
+    same = [line["part"] for line in lines if line["kind"] == "run"][-1:] == [part]
+
+    def wanted(line: Mapping[str, Any]) -> bool:
+        ended = line["kind"] == "stage" and not line["problem"] and not line["left"]
+        return line["kind"] == "result" or (same and (ended or line["kind"] == "row"))
+
+    return [{**line, "earlier": True} for line in lines if wanted(line)]
+
+
+def matches(id: str, glob: str | None) -> bool:
+    """Whether an id is one of ``glob``'s, in which ``*`` and ``?`` alone are special: ids are full of brackets."""
+    if glob is None:
+        return True
+    pattern = re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".")
+    return re.fullmatch(pattern, id) is not None
+
+
+def brief(message: str, length: int = 300) -> str:
+    """A message in one line, without a place in anybody's file system."""
+    text = " ".join(message.split())
+    return re.sub(r"(?<![\w.])(/[\w.+-]+){2,}", lambda path: path[0].rpartition("/")[2], text)[:length]

@@ -1,0 +1,163 @@
+"""The smoke: does every kernel run, is it right, at the widths of a real model; then whole steps of two layers.
+
+Run by ``python -m benchmarks.gpu --part check``. The truth is float64: of an op the rules derived from its primal, of a
+step the library's own step on a float64 copy, which runs no kernels and which the tests hold to transformers' model by
+double backward. Each test records how far off each result is and how much is allowed, so that the rounding of a fast
+exponential is told from a bug.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sap_fast
+from benchmarks import models
+from benchmarks.gpu import subjects
+from benchmarks.gpu.cases import DTYPES, MODES, SmokeCase, smoke_cases
+from benchmarks.published_parts import trained
+from benchmarks.step import wake
+from benchmarks.step_rows import PUBLISHED, Batch, rows
+from sap_fast import SAPConfig
+from sap_fast.ops._cases import derive, run
+from sap_fast.ops._library import launchers_on_cpu
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# In float32 an element may be off by twice what the formula in PyTorch is, and by four roundings of the largest.
+TIMES, ROUNDINGS = 2.0, 4.0
+# In bfloat16 a result may be off by so much of its norm: two roundings. The goal is one.
+GATE, GOAL = 2**-6, 1e-2
+# Of a step's gradients, of their norm: roundings add up over the layers (``step_check.py``). Of the probe, which is
+# another derivative, the cosine: the bound of ``benchmarks.fidelity``.
+STEP_GATE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+LEAST_COSINE = {torch.float32: 0.99999, torch.bfloat16: 0.995}
+LAYERS = 2
+
+Recording = Callable[[str, object], None]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    size = metafunc.config.getoption("--size", None)
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", [] if size is None else smoke_cases(size), ids=str)
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory() -> Iterator[None]:
+    """Fill fresh memory with NaN, and serve a CPU's tensors by interpreted kernels where there is no GPU."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    with nullcontext() if CUDA else launchers_on_cpu():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_op(case: SmokeCase, record_property: Recording) -> None:
+    """Forward and backward of an op through autograd, as a step calls it."""
+    op, dtype = subjects.op_named(case.subject.op), DTYPES[case.dtype]
+    problem = MODES[case.mode](subjects.posed(case.subject, DEVICE, dtype))
+    truth = subjects.truth(op, problem)
+    actual = run(op, problem)
+    assert actual.keys() == truth.keys()
+    if dtype == torch.float32:
+        yardstick = derive(op, problem)
+        off = {name: _by_element(actual[name], truth[name], yardstick[name]) for name in truth}
+    else:
+        off = {name: (_by_norm(actual[name], truth[name]), GATE) for name in truth}
+    _judge(off, record_property)
+
+
+def _by_element(actual: Tensor, truth: Tensor, yardstick: Tensor) -> tuple[float, float]:
+    """The largest difference of two elements, and what is allowed of it."""
+    error, usual = (float((x.double() - truth).abs().max()) for x in (actual, yardstick))
+    allowed = TIMES * usual + ROUNDINGS * torch.finfo(torch.float32).eps * float(truth.abs().max())
+    return error, allowed
+
+
+def _by_norm(actual: Tensor, truth: Tensor) -> float:
+    return float((actual.double() - truth).norm() / truth.norm())
+
+
+def _judge(off: dict[str, tuple[float, float]], record_property: Recording) -> None:
+    """Record error and allowance of each result, and see that none is beyond it; what is no number is."""
+    record_property("off", off)
+    beyond = {name: pair for name, pair in off.items() if not pair[0] <= pair[1]}
+    said = ", ".join(f"{name} {error:.3g} ({error / allowed:.2f} x)" for name, (error, allowed) in beyond.items())
+    assert not beyond, f"off by more than allowed: {said}"
+
+
+# Smooth in the gradient: the sign of one that is nearly zero is rounding noise.
+STEPS = {
+    "lagged": SAPConfig(schedule="lagged", probe_update="normalised"),
+    "fresh": SAPConfig(schedule="fresh", probe_update="normalised"),
+    "captured": SAPConfig(schedule="lagged", probe_update="normalised", graph=True, check="deferred"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", STEPS)
+def test_step(name: str, dtype: str, request: pytest.FixtureRequest, record_property: Recording) -> None:
+    """Three steps of a model of two layers: loss, gradients, and the probe that was found."""
+    config, tiny = STEPS[name], request.config.getoption("--size") == "tiny"
+    if config.graph and not CUDA:
+        pytest.skip("CUDA graphs need a GPU")
+    if tiny and dtype == "bfloat16":
+        pytest.skip("Triton's interpreter does not multiply bfloat16 tiles")
+    base, tokenizer = models.tiny_base() if tiny else models.llama_base(LAYERS)
+    stored = models.with_lora(base, seed=0).to(DEVICE)
+    wake(stored)
+    model = models.twin(stored, DTYPES[dtype])
+    # The truth is at the weights as they are stored.
+    exact = models.twin(model, torch.float64).double()
+    del base, stored
+    given = _tiny_batches() if tiny else _batches(tokenizer)
+    config = config.replace(probe_layers=(LAYERS - 2,), strength=0.05)
+    found = _steps(model, *given, config)
+    truth = _steps(exact, *given, config.replace(graph=False, check="now"))
+    gate = STEP_GATE[DTYPES[dtype]]
+    off = {}
+    for i, (step, expected) in enumerate(zip(found, truth, strict=True), 1):
+        off[f"loss {i}"] = abs(step.loss / expected.loss - 1), gate
+        off[f"gradients {i}"] = _by_norm(step.gradients, expected.gradients), gate
+        cosine = torch.cosine_similarity(step.probe.double(), expected.probe.double(), dim=0)
+        off[f"probe {i}, 1 - cosine"] = 1 - float(cosine), 1 - LEAST_COSINE[DTYPES[dtype]]
+    _judge(off, record_property)
+
+
+def _batches(tokenizer: Any) -> tuple[Batch, Batch]:
+    """A task batch and pairs of the published sizes."""
+    given = rows(tokenizer, models.examples(None), PUBLISHED, "real", DEVICE)
+    return given.batch, given.pairs
+
+
+def _tiny_batches() -> tuple[Batch, Batch]:
+    """As few tokens as there is anything to compute on: the interpreter takes its time for each."""
+    ids = torch.randint(3, 100, (2, 5))
+    ids[1, :2] = ids[0, :2]
+    labels = ids.clone()
+    labels[:, :2] = -100
+    return {"input_ids": ids[:1], "labels": labels[:1]}, {"input_ids": ids, "labels": labels}
+
+
+class Found(NamedTuple):
+    """What a step has found: ``gradients [n]`` of all adapters, ``probe [m]`` of all layers."""
+
+    loss: float
+    gradients: Tensor
+    probe: Tensor
+
+
+def _steps(model: nn.Module, batch: Batch, pairs: Batch, config: SAPConfig) -> list[Found]:
+    """Three steps without an optimizer; the third of a captured one replays what the second has recorded."""
+    weights, found = trained(model), []
+    with sap_fast.attach(model, config) as sap:
+        for _ in range(3):
+            model.zero_grad()
+            report = sap.step(batch, pairs)
+            gradients = torch.cat([p.grad.flatten() for p in weights.values()])
+            found.append(Found(float(report.loss), gradients, torch.cat([*sap.probe.values()])))
+    return found

@@ -1,0 +1,52 @@
+"""The table in ``sap_fast/ops/README.md`` is what its command writes, and big tensors are read by wide accesses."""
+
+import pytest
+from triton_kernels import INTERPRETED
+
+from benchmarks import kernel_table
+from benchmarks.kernel_table import BEGIN, END, PAGE, PROCESSORS, Launch, Row
+from sap_fast.ops._cases import every_op
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+
+# Kernels that have accesses of less than 4 bytes to bfloat16 tensors, and why. Nothing else may.
+NARROW = {
+    # Two angles a thread: of 32 threads in a row of angles, which all heads of a token share. 5% of its bytes.
+    ("rotary", "smollm2-135m", "ld"): 2,
+}
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Row]:
+    return kernel_table.rows(op.name for op in every_op())
+
+
+def test_the_page_has_the_table_that_the_command_makes(found: list[Row]) -> None:
+    """But for what differs between releases of Triton; ``python -m benchmarks.kernel_table --write`` mends it."""
+    page = PAGE.read_text(encoding="utf-8")
+    shown = page.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+    assert kernel_table.structural(shown) == kernel_table.structural(kernel_table.lines(found))
+    assert kernel_table.written(page, shown) == page
+
+
+@pytest.mark.parametrize("kind", ["ld", "st"])
+def test_tensors_are_accessed_by_16_bytes(found: list[Row], kind: str) -> None:
+    for row in found:
+        widths = row.compiled.accesses(kind)
+        name = row.op, row.model, kind
+        # What one program writes of a row's statistics alone has no wide stores.
+        statistics = row.compiled.name in ("statistics_kernel", "delta_kernel") or (
+            (row.op, row.compiled.name) == ("probe_rms_norm", "sum_kernel")
+        )
+        assert (statistics and kind == "st") or 16 in widths, f"{name} {row.compiled.name}: {dict(widths)}"
+        assert min(widths, default=16) >= NARROW.get(name, 4), f"{name} {row.compiled.name}: {dict(widths)}"
+    assert {key for key in NARROW if not any((r.op, r.model) == key[:2] for r in found)} == set()
+
+
+def test_what_is_predicted_of_few_programs() -> None:
+    """They reach their share of the bandwidth alone."""
+    launch = Launch("kernel", (PROCESSORS // 4, 2), 3 * 10**6, {})
+    row = Row("glu", "llama-2-7b", "forward", "full", (1, 1), [launch], [launch], None)  # type: ignore[arg-type]
+    assert launch.programs == PROCESSORS // 2
+    assert row.microseconds([launch], "H100") == pytest.approx(2.0)
+    assert row.microseconds([launch._replace(grid=(PROCESSORS, 9))] * 2, "H100") == pytest.approx(2.0)

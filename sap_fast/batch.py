@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sap_fast.errors import BatchError
 from sap_fast.ops.take_rows import RowIndex
-from sap_fast.transfer import sent
+from sap_fast.transfer import fetched, sent
 
 IGNORED = -100
 _KEYS = {"input_ids", "attention_mask", "labels"}
@@ -142,14 +142,18 @@ def read(
         raise BatchError(
             f"{name} holds {sorted(unknown)}, which the pair forward does not read; pass only {sorted(_KEYS)}"
         )
-    input_ids = batch["input_ids"]
-    if input_ids.ndim != 2 or input_ids.numel() == 0:
-        raise BatchError(f"{name}['input_ids'] must be [B, T] and not empty, but has shape {tuple(input_ids.shape)}")
-    given = {key: batch[key] for key in ("input_ids", "labels", "attention_mask") if batch.get(key) is not None}
+    mask = batch.get("attention_mask")
+    given = {"input_ids": batch["input_ids"], "labels": batch["labels"]}
+    given |= {} if mask is None else {"attention_mask": mask}
+    if other := [key for key, x in given.items() if not isinstance(x, Tensor)]:
+        raise BatchError(f"{name} holds {other}, which are no tensors")
+    shape = given["input_ids"].shape
+    if len(shape) != 2 or shape.numel() == 0:
+        raise BatchError(f"{name}['input_ids'] must be [B, T] and not empty, but has shape {tuple(shape)}")
     for key, x in given.items():
-        if x.shape != input_ids.shape:
+        if x.shape != shape:
             raise BatchError(
-                f"{name}['{key}'] has shape {tuple(x.shape)}, but input_ids {tuple(input_ids.shape)}; they must agree"
+                f"{name}['{key}'] has shape {tuple(x.shape)}, but input_ids {tuple(shape)}; they must agree"
             )
         if x.device.type != "cpu" and x.device != device:
             raise BatchError(
@@ -159,20 +163,13 @@ def read(
         if x.is_floating_point() or x.is_complex():
             raise BatchError(f"{name}['{key}'] must hold integers, but is {x.dtype}")
 
-    found = _on_host(given)
-    mask = found.get("attention_mask")
-    real = np.ones(tuple(input_ids.shape), bool) if mask is None else mask != 0
-    checked = HostBatch(found["input_ids"], found["labels"], real)
+    (here,) = fetched([given], device)
+    arrays = {key: x.detach().numpy() for key, x in here.items()}
+    input_ids, labels = (arrays[key].astype(np.int64, copy=False) for key in ("input_ids", "labels"))
+    real = arrays["attention_mask"] != 0 if "attention_mask" in arrays else np.ones(input_ids.shape, bool)
+    checked = HostBatch(input_ids, labels, real)
     _check_values(name, checked, embeddings or vocab_size, vocab_size)
     return checked
-
-
-def _on_host(entries: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Integers as int64 arrays. All that lies on a device comes in one copy, which is waited for."""
-    there = [key for key, x in entries.items() if x.device.type != "cpu"]
-    copied = torch.stack([entries[key].long() for key in there]).cpu() if there else ()
-    found = dict(zip(there, copied, strict=True))
-    return {key: found.get(key, x).detach().numpy().astype(np.int64, copy=False) for key, x in entries.items()}
 
 
 def _check_values(name: str, batch: HostBatch, embeddings: int, vocab_size: int) -> None:

@@ -11,9 +11,9 @@ the batch. Rows, tokens, labels and sequences are rounded up, and the bound of t
 so that losses, gradients, margins and medians are those of the real ones.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sap_fast.batch import Padding, Rows, Shared
 from sap_fast.ops.take_rows import RowIndex
@@ -43,22 +43,21 @@ def bucket(count: int, sizes: tuple[int, ...]) -> int:
 
 
 def padded(rows: Rows, *, pairs: bool = False) -> Rows:
-    """The same batch on static shapes. Waits for no device.
+    """The same batch on static shapes.
 
     Args:
-        rows: packed, and not padded yet.
+        rows: packed, on the host, and not padded yet.
         pairs: whether every sequence counts, so that none is added.
     """
     count, labels = bucket(rows.rows, SIZES), bucket(len(rows.labels), LABELS)
     tokens = count if rows.shared is None else bucket(rows.tokens, SIZES)
     sequences = rows.sequences if pairs else _multiple(rows.sequences, _SEQUENCES)
-    device = rows.input_ids.device
 
     def dead(real: int, of: int) -> Tensor:
-        return torch.arange(of, device=device) >= real
+        return torch.from_numpy(np.arange(of) >= real)
 
     def ended(cu_seqlens: Tensor) -> Tensor:
-        return torch.cat((cu_seqlens, cu_seqlens[-1:].expand(sequences - rows.sequences)))
+        return _extended(cu_seqlens, sequences + 1, int(cu_seqlens[-1]))
 
     shared = rows.shared
     if shared is not None:
@@ -77,7 +76,7 @@ def padded(rows: Rows, *, pairs: bool = False) -> Rows:
         padding=Padding(
             dead(rows.tokens, tokens),
             dead(len(rows.labels), labels),
-            torch.full((), len(rows.labels), device=device),
+            torch.tensor(len(rows.labels), device="cpu"),
         ),
     )
 
@@ -87,7 +86,9 @@ def _multiple(count: int, of: int) -> int:
 
 
 def _extended(x: Tensor, size: int, value: int) -> Tensor:
-    return F.pad(x, (0, size - len(x)), value=value)
+    extended = np.full(size, value, x.numpy().dtype)
+    extended[: len(x)] = x.numpy()
+    return torch.from_numpy(extended)
 
 
 def _taking(index: RowIndex, taken: int, count: int) -> RowIndex:
@@ -95,5 +96,5 @@ def _taking(index: RowIndex, taken: int, count: int) -> RowIndex:
 
     In turn, because a row sums up what it gets back by one program, taker after taker.
     """
-    dead = torch.arange(taken - len(index.rows), device=index.rows.device)
-    return RowIndex.of(torch.cat((index.rows, count - 1 - dead % count)), count)
+    dead = np.arange(taken - len(index.rows))
+    return RowIndex.on_host(np.concatenate((index.rows.numpy(), count - 1 - dead % count)), count)

@@ -70,7 +70,8 @@ class SAPConfig:
             bfloat16 model; holds two copies of these weights, together as large as one in bfloat16. ``"emulated"``
             gives the same rounding on any device and in any dtype and saves nothing.
         check: ``"now"`` looks at the step's numbers before ``.grad`` is written; ``"deferred"`` leaves a flag
-            on the device and raises at the next step, without the guarantee that nothing was written.
+            on the device and raises at the next step, without the guarantee that nothing was written. That
+            step's batch is packed before, while the device still works on this one's.
         graph: whether steps are captured as CUDA graphs and replayed (``sap_fast/graph.py``), which takes the host's
             work on the passes away: for steps that are bound by launches. Rows are then padded to shipped sizes. Needs
             ``check="deferred"``; where something blocks it, steps run eagerly, and a warning says why.

@@ -6,8 +6,8 @@ the probe and its moments, the last direction) are copied into buffers first, an
 model's weights are read where they lie. The first step of a size runs eagerly, on the same padded rows; the second is
 recorded. A replay does what was recorded, so that its results are those of the eager step in every bit.
 
-What is left to the host is the packing. It checks the batch and finds common prefixes on numbers read from the device,
-before the replay is launched: a step still waits for what the device was given before it, but for nothing afterwards.
+What is left to the host is the packing: it checks the batch, finds common prefixes and rounds sizes up while the device
+is busy with the last step. A step then waits for the last step's numbers, and for nothing afterwards.
 
 What a replay cannot follow is seen here before it would go wrong: weights that have moved in memory, training and
 evaluation mode, dropout. Settings of torch that choose algorithms have to stay as they are.

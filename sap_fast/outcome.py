@@ -72,6 +72,16 @@ class Given:
         task, pairs = sent((self.task, self.pairs), device)
         return replace(self, task=task, pairs=pairs)
 
+    def counted(self, report: StepReport) -> StepReport:
+        """A report on padded rows, or one that was recorded, with the numbers of tokens that are these rows' own."""
+        micros, pairs = self.task.micros, self.pairs
+        return replace(
+            report,
+            tokens=sum(m.rows.tokens for m in micros),
+            scored_tokens=sum(len(m.rows.labels) for m in micros),
+            safety_tokens=0 if pairs is None else pairs.tokens,
+        )
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -1,6 +1,6 @@
 """Packs what a step is given, for one model and one configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from sap_fast.batch import HostBatch, Rows, packed, read, read_pairs
 from sap_fast.config import SAPConfig
 from sap_fast.decoder import Decoder
 from sap_fast.prefixes import share_prefixes
+from sap_fast.transfer import fetched
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Packer:
         shares, embeddings = config.share_prefixes, decoder.embedding.num_embeddings
         # Dropout gives each token of the task a mask of its own; the direction is computed without.
         return cls(decoder.vocab_size, embeddings, decoder.device, shares and not decoder.drops_out(), shares)
+
+    def fetched(self, batches: Sequence[Any]) -> list[Any]:
+        """Batches on the host: all that lies on the device is waited for at once, not batch after batch."""
+        return fetched(batches, self.device)
 
     def read(self, batch: Mapping[str, Tensor], name: str = "batch") -> HostBatch:
         """A task batch, checked, on the host."""

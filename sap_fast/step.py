@@ -78,11 +78,16 @@ class SAP:
 
         As after ``backward()``, ``.grad`` is the sum over steps until it is zeroed; each step puts a new tensor there.
 
+        Leave batches on the host (CPU tensors), whatever the model's device: they are packed there and sent by a copy
+        that nothing waits for. Batches on the model's device cost one wait for it, all of them together, since they
+        have to be read first. Beside that, a step waits for the device once: for its numbers, before ``.grad`` is
+        written; with ``check="deferred"`` for those of the last step, once this one's batch is packed; and with
+        ``direction_min_cosine`` for each new direction.
+
         Args:
             batch: a dict of ``input_ids``, ``attention_mask``, ``labels``, each ``[B, T]`` (``labels`` unshifted,
                 -100 = not scored), or a sequence of such micro-batches: the loss is the mean over all their
-                scored tokens, with one direction and one probe update. Leave batches on the CPU, where they are
-                packed; each that lies on the model's device is waited for, once.
+                scored tokens, with one direction and one probe update.
             pairs: the same keys with ``[2P, T]``, all chosen rows first, then all rejected; labels on answer
                 tokens only. None is plain fine-tuning: no direction, no probe. Steps that find no direction
                 (``probe_every``, ``direction_every``) check them and do not read them.
@@ -91,9 +96,9 @@ class SAP:
             What was measured.
 
         Raises:
-            BatchError: a malformed batch, before any work is done.
+            BatchError: a malformed batch, before any work is done; one on another device than the host and the model's.
             StepRefusedError: numbers that are not finite, or no direction; nothing was written. With
-                ``check="deferred"`` it is raised by the next step.
+                ``check="deferred"`` it is raised by the next step, if its batch is well-formed.
             UnsupportedModelError: the model was changed since ``attach``.
             RuntimeError: after ``detach``; inside an autocast region.
         """
@@ -104,20 +109,17 @@ class SAP:
             raise ValueError("batch is an empty sequence; give at least one micro-batch")
         rhythm, config = self._state.rhythm, self.config
         packer = Packer.of(decoder, config)
+        *batches, pairs = packer.fetched([*batches, pairs])
         read = [packer.read(b, name) for b, name in zip(batches, names, strict=True)]
         read_pairs = None if pairs is None else packer.read_pairs(pairs)
-        rows = [packer.task(b) for b in read]
         # What a step hands on to the next one stays as it is here, or the look at its numbers refuses both.
         directs = read_pairs is not None and rhythm.directs(config)
         probes = read_pairs is not None and rhythm.probes(config)
-        draws_pairs = directs and config.pairs_per_step is not None
-        pair_rows = packer.pairs(read_pairs) if read_pairs is not None and directs and not draws_pairs else None
-        # Packed by now, but for what is drawn: while the device was busy with the last step.
-        self._settle()
-        if read_pairs is not None and draws_pairs:
-            assert config.pairs_per_step is not None
-            pair_rows = packer.pairs(some_pairs(read_pairs, config.pairs_per_step))
-        micros = [Micro(r, self._draw_seed()) for r in rows]
+        pair_rows = None
+        if read_pairs is not None and directs:
+            wanted = config.pairs_per_step
+            pair_rows = packer.pairs(read_pairs if wanted is None else some_pairs(read_pairs, wanted))
+        micros = [Micro(packer.task(b), self._draw_seed()) for b in read]
         parts = None
         if probes and config.tangent_fraction < 1:
             parts = some_tangents(read, micros, config.tangent_fraction, packer, self._draw_seed)
@@ -126,10 +128,14 @@ class SAP:
         delayed = config.delayed_direction and directs and self._state.direction is not None
         state = replace(self._state, rhythm=Rhythm())
         given = Given(Task(micros, parts), pair_rows, state, plain=read_pairs is None, probes=probes, delayed=delayed)
-        outcome = self._outcome(given)
+        captures = self._graphs is not None and self._graphs.active
+        sent = (given.padded() if captures else given).sent(decoder.device)
+        # Only now, with all of this step's on its way: the device has been busy with the last one until here.
+        self._settle()
+        outcome = self._outcome(sent)
         self._check(outcome)
         self._commit(outcome)
-        return outcome.report
+        return given.counted(outcome.report) if captures else outcome.report
 
     def detach(self) -> None:
         """Let go of the model. It is then exactly what it was before ``attach``, its ``.grad`` aside.
@@ -195,17 +201,9 @@ class SAP:
     def _outcome(self, given: Given) -> Outcome:
         """Compute a step, by a replay where there is one, and count it."""
         if self._graphs is None or not self._graphs.active:
-            outcome = self._compute(given.sent(self._decoder.device))
+            outcome = self._compute(given)
         else:
-            outcome = self._graphs.run(self._compute, given.padded().sent(self._decoder.device))
-            micros, pairs = given.task.micros, given.pairs
-            report = replace(
-                outcome.report,
-                tokens=sum(m.rows.tokens for m in micros),
-                scored_tokens=sum(len(m.rows.labels) for m in micros),
-                safety_tokens=0 if pairs is None else pairs.tokens,
-            )
-            outcome = replace(outcome, report=report)
+            outcome = self._graphs.run(self._compute, given)
         rhythm, config, before = self._state.rhythm, self.config, self._state.direction
         if not given.plain:
             rhythm = rhythm.after(directed=outcome.direction is not None)

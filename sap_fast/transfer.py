@@ -1,6 +1,12 @@
-"""Sends what was packed on the host to a device: all tensors of a step in one asynchronous copy."""
+"""What crosses between the host and the model's device in a step: its batch, at most once in each direction.
 
-from collections.abc import Callable, Sequence
+Batches are checked and packed on the host. What lies there already costs no wait: the packed arrays go to the device
+by one asynchronous copy, which the host only enqueues. What lies on the device is read first, by one copy that the
+host has to wait for, and with it for all that the device was given before. A model on the CPU needs neither.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,51 +17,68 @@ from sap_fast.tensors import T, rebuilt, tensors_of
 _ALIGNMENT = 512
 
 
-def sent(x: T, device: torch.device) -> T:
-    """``x`` with its tensors on a device, by one copy for all of them that are on the host; nothing is waited for.
-
-    The copy starts in pinned memory, which is fresh each time: the device may not have read the last one yet. torch
-    keeps that memory from being used again before the device has.
+def fetched(batches: Sequence[Any], device: torch.device) -> list[Any]:
+    """Batches whose integers lie on the host: all that is on ``device`` is read by one copy, the only wait.
 
     Args:
-        x: nested dataclasses, tuples, lists and dicts of tensors.
+        batches: dicts of tensors. Whatever else is among them is left as it is, for the checks to name.
+        device: of the model.
+
+    Returns:
+        The batches in order; what was read is int64.
+    """
+    if device.type == "cpu":
+        return list(batches)
+    mappings = [batch for batch in batches if isinstance(batch, Mapping)]
+    there = {id(x): x for batch in mappings for x in batch.values() if _is_read(x, device)}
+    if not there:
+        return list(batches)
+    flat = torch.cat([x.reshape(-1).long() for x in there.values()]).cpu()
+    parts = flat.split([x.numel() for x in there.values()])
+    here = {key: part.view(x.shape) for (key, x), part in zip(there.items(), parts, strict=True)}
+    return [
+        {name: here.get(id(x), x) for name, x in batch.items()} if isinstance(batch, Mapping) else batch
+        for batch in batches
+    ]
+
+
+def _is_read(x: Any, device: torch.device) -> bool:
+    return isinstance(x, Tensor) and x.device == device and not (x.is_floating_point() or x.is_complex())
+
+
+def sent(x: T, device: torch.device) -> T:
+    """``x`` with its host tensors on a device, sent by one copy that nobody waits for; ``x`` itself for the CPU.
+
+    The copy starts from pinned memory of torch's own, which it hands out again only once the copy is over, so that
+    steps may follow one another without looking.
+
+    Args:
+        x: nested dataclasses, tuples, lists and dicts of tensors. Those on a device stay what they are.
+        device: where to.
+
+    Returns:
+        The same with views of one allocation, each aligned as an allocation of its own would be.
     """
     if device.type == "cpu":
         return x
-
-    def there(buffer: Tensor) -> Tensor:
-        return buffer.to(device, non_blocking=True)
-
-    return moved(x, there, pinned=device.type == "cuda")
-
-
-def moved(x: T, there: Callable[[Tensor], Tensor], *, pinned: bool) -> T:
-    """``x`` with each tensor of the host a part of what ``there`` makes of one buffer that holds them all.
-
-    Args:
-        there: is given ``[bytes]`` uint8, once; returns the like.
-        pinned: whether the buffer is of pinned memory.
-    """
-    own = {id(tensor): tensor for tensor in tensors_of(x)[0] if tensor.device.type == "cpu"}
-    if not own:
+    arrays = {id(t): t.contiguous() for t in tensors_of(x)[0] if t.device.type == "cpu"}
+    if not arrays:
         return x
-    sizes = [tensor.numel() * tensor.element_size() for tensor in own.values()]
-    starts = [0]
-    for size in sizes:
-        starts.append(-(-(starts[-1] + size) // _ALIGNMENT) * _ALIGNMENT)
-    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
-    _fill(buffer, starts, list(own.values()))
-    copy = there(buffer)
-    parts = {
-        key: copy[start : start + size].view(tensor.dtype).view(tensor.shape)
-        for (key, tensor), start, size in zip(own.items(), starts, sizes, strict=False)
-    }
-    return rebuilt(x, lambda tensor: parts.get(id(tensor), tensor))
+    places, size = {}, 0
+    for key, array in arrays.items():
+        places[key] = size // array.itemsize
+        size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    dtypes = {array.dtype for array in arrays.values()}
+    here = {dtype: buffer.view(dtype).numpy() for dtype in dtypes}
+    for key, array in arrays.items():
+        here[array.dtype][places[key] : places[key] + array.numel()] = array.numpy().ravel()
+    sending = buffer.to(device, non_blocking=True)
+    there = {dtype: sending.view(dtype) for dtype in dtypes}
 
+    def placed(t: Tensor) -> Tensor:
+        if (array := arrays.get(id(t))) is None:
+            return t
+        return there[t.dtype].as_strided(array.shape, array.stride(), places[id(t)])
 
-def _fill(buffer: Tensor, starts: Sequence[int], tensors: Sequence[Tensor]) -> None:
-    """Write tensors to their places, by NumPy: an operation of torch costs several times as much for so few numbers."""
-    target = buffer.numpy()
-    for start, tensor in zip(starts, tensors, strict=False):
-        source = tensor.detach().contiguous().view(-1).numpy()
-        target[start : start + source.nbytes].view(source.dtype)[:] = source
+    return rebuilt(x, placed)

@@ -10,6 +10,8 @@ from torch import Tensor
 import sap_fast
 from sap_fast import BatchError, SAPConfig
 from sap_fast.batch import pack, pack_pairs
+from sap_fast.ops import RowIndex
+from sap_fast.tensors import tensors_of
 
 CPU = torch.device("cpu")
 
@@ -49,9 +51,10 @@ BAD_BATCH = {
     "one dimension": (lambda b: b.update(input_ids=b["input_ids"][0]), r"must be \[B, T\]"),
     "empty": (lambda b: b.update(input_ids=b["input_ids"][:0]), "not empty"),
     "floats": (lambda b: b.update(labels=b["labels"].float()), "must hold integers"),
+    "no tensors": (lambda b: b.update(labels=b["labels"].tolist()), r"holds \['labels'\], which are no tensors"),
     "another device": (
         lambda b: b.update(labels=b["labels"].to("meta")),
-        "on meta, but the model on cpu",
+        "on meta, but the model on cpu; leave the batch on the CPU",
     ),
 }
 
@@ -125,3 +128,27 @@ def test_without_a_mask_all_tokens_are_real() -> None:
     rows = pack({"input_ids": ids, "labels": ids}, vocab_size=VOCAB, device=CPU)
     assert rows.tokens == 10
     assert rows.scored == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_masks_and_ids_of_any_integers_are_the_same_batch(dtype: torch.dtype) -> None:
+    batch = random_batch()
+    other = {**batch, "attention_mask": batch["attention_mask"].to(dtype), "labels": batch["labels"].short()}
+    other["input_ids"] = batch["input_ids"].int().t().contiguous().t()  # not in the order of its memory
+    found, expected = (tensors_of(pack(b, vocab_size=VOCAB, device=CPU))[0] for b in (other, batch))
+    assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(found, expected, strict=True))
+
+
+def test_packing_leaves_the_batch_alone() -> None:
+    batch = random_batch()
+    before = {key: x.clone() for key, x in batch.items()}
+    for x in tensors_of(pack(batch, vocab_size=VOCAB, device=CPU))[0]:
+        x.zero_()  # rows are memory of their own
+    assert all(torch.equal(x, before[key]) for key, x in batch.items())
+
+
+def test_an_index_made_on_the_host_is_the_same() -> None:
+    for rows, count in ([3, 1, 3, 0, 3], 5), ([], 3), ([0, 1, 2], 3):
+        taken = torch.tensor(rows, dtype=torch.int64)
+        for x, y in zip(RowIndex.on_host(taken.numpy(), count), RowIndex.of(taken, count), strict=True):
+            assert torch.equal(x, y) and x.dtype == y.dtype

@@ -124,6 +124,39 @@ def test_the_log_tells_what_the_steps_measured(tmp_path: Path) -> None:
     assert 0.2 < logs[0]["sap/direction_cosine"] <= 0.5 < logs[1]["sap/direction_cosine"] <= 1
 
 
+def test_batches_stay_on_the_host_for_steps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation runs the model's own forward, which needs them on its device."""
+    import accelerate.data_loader
+
+    moved: list[str] = []
+    send = accelerate.data_loader.send_to_device
+    run = trainer(tmp_path, eval_dataset=ROWS[:2])
+
+    def noted(kind: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            moved.append(kind)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(accelerate.data_loader, "send_to_device", noted("loader", send))
+    monkeypatch.setattr(run, "_prepare_input", noted("trainer", run._prepare_input))
+    run.train()
+    assert moved == []
+    run.evaluate()
+    assert {"loader", "trainer"} <= {*moved}
+    assert run.accelerator.device_placement and run.get_eval_dataloader().device == run.args.device
+
+
+def test_batches_that_accelerate_dispatches_are_taken_from_the_device(tmp_path: Path) -> None:
+    run = trainer(tmp_path, {"accelerator_config": {"dispatch_batches": True}})
+    run.train()
+    plain = trainer(tmp_path)
+    plain.train()
+    for name, weight in weights(plain.model).items():
+        assert torch.equal(weight, weights(run.model)[name]), name
+
+
 def test_evaluation_knows_no_probe_and_is_logged_apart(tmp_path: Path) -> None:
     run = trainer(tmp_path, {"eval_strategy": "steps", "eval_steps": 1}, eval_dataset={"a": ROWS[:4], "b": ROWS[4:6]})
     run.train()

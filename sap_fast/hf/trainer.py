@@ -143,11 +143,18 @@ class SAPTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's, but that batches stay on the host: packing there waits for no device."""
         accelerator, placing = self.accelerator, self.accelerator.device_placement
-        accelerator.device_placement = False
+        # Unless asked to dispatch batches itself (accelerator_config): it does so from the device alone.
+        accelerator.device_placement = placing and bool(accelerator.dispatch_batches)
         try:
             return super().get_train_dataloader()
         finally:
             accelerator.device_placement = placing
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """As the Trainer's; its count of scored tokens, which no step reads, stays on the host."""
+        return super().get_batch_samples(epoch_iterator, num_batches, torch.device("cpu"))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

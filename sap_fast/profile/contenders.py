@@ -1,7 +1,8 @@
 """The training steps that are compared: plain fine-tuning by PEFT's own passes and by the library's, and SAP.
 
-A step of each is all that a training loop does with a batch: to the device, the passes, the optimizer. The optimizer
-steps over copies of the trained weights, so that the model's are never written.
+A step of each is all that a training loop does with a batch: to the device (the library's own steps do that
+themselves), the passes, the optimizer. The optimizer steps over copies of the trained weights, so that the model's are
+never written.
 """
 
 from collections.abc import Callable, Mapping

@@ -42,7 +42,7 @@ def profile(
 
     Args:
         model: as for :func:`sap_fast.attach`, and not attached.
-        batches, pairs: as for :meth:`SAP.step`, one or several, on any device; a round takes the next. At most
+        batches, pairs: as for :meth:`SAP.step`, one or several, best on the host; a round takes the next. At most
             ``warmup + steps`` are drawn.
         config: the method's settings; defaults if None. ``graph`` is taken as False: a replay has no phases.
         steps: measured rounds.

@@ -111,6 +111,15 @@ def stages(lines: list[dict[str, Any]]) -> list[tuple]:
     return [(line["stage"], line["problem"], line["left"]) for line in lines if line["kind"] == "stage"]
 
 
+def test_what_a_program_that_watches_says_at_its_end_is_a_problem(tmp_path: Path) -> None:
+    """As compute-sanitizer does, by its exit code, after all tests have passed."""
+    (tmp_path / "test_it.py").write_text("def test_a():\n    pass\n")
+    watching = ("sh", "-c", '"$@"; exit 99', "sh")
+    lines = ran(tmp_path, Tests("sanitize", [str(tmp_path / "test_it.py")], before=watching), 60.0)
+    assert [item.outcome for item in results.items(lines)] == ["passed"]
+    assert stages(lines) == [("sanitize", "a process came to its end with code 99; log.txt says why", 0)]
+
+
 def test_processes_that_never_reach_a_test_are_given_up(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text("raise SystemExit(9)\n")
     ((stage, problem, left),) = stages(ran(tmp_path, Tests("smoke", [str(tmp_path / "test_it.py")]), 60.0))

@@ -202,6 +202,7 @@ def sanitize(run: Run) -> None:
     assert program is not None
     before = (program, "--tool", "memcheck", "--error-exitcode", "99", "--print-limit", "20")
     environment = run.environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    run.runner.hang = float("inf")  # it takes as long as it takes: many times what a kernel does by itself
     arguments = (SMOKE_FILE, f"--size={run.size}", "-k", f"test_op and {run.args.sanitize}-")
     run.tests(Tests("sanitize", arguments, 1, environment, before), float("inf"))
 

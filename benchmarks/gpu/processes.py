@@ -256,8 +256,10 @@ class _Share:
                 self._false_start(f"no test began within {allowed:.0f} s")
             else:
                 return
-        elif self._over and code in _ENDED:
+        elif self._over:
             self._process = None
+            if code not in _ENDED:
+                self.problem = f"a process came to its end with code {code}; {self._runner.log.name} says why"
             return
         elif self._running is not None:
             how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"

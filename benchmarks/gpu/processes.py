@@ -256,7 +256,7 @@ class _Share:
                 self._false_start(f"no test began within {allowed:.0f} s")
             else:
                 return
-        elif self._over:
+        elif self._over and (self._worked or code in _ENDED):
             self._process = None
             if code not in _ENDED:
                 self.problem = f"a process came to its end with code {code}; {self._runner.log.name} says why"

@@ -242,6 +242,17 @@ def test_only_runs_the_stages_that_have_it(only: str, expected: list[str], tmp_p
     assert [stage for stage, _ in runner.ran if stage != "compile" or "::" not in only] == expected
 
 
+def test_the_device_tests_are_all_there_are() -> None:
+    """But those of the reference rules in float64, which a CPU has run, and what only tells of the mark itself."""
+    marked = {
+        f"tests/{path.name}"
+        for path in (models.ROOT / "tests").glob("test_*.py")
+        if "pytest.mark.gpu" in path.read_text() and path.name != Path(__file__).name
+    }
+    assert marked and marked <= {*parts.DEVICE_TESTS}
+    assert all((models.ROOT / file).exists() for file in (*parts.DEVICE_TESTS, parts.SMOKE_FILE, parts.OPS_FILE))
+
+
 # Resuming
 
 

@@ -34,7 +34,8 @@ DEVICE_TESTS = tuple(
     f"tests/{name}.py"
     for name in (
         *("test_kernels", "test_graph_gpu", "test_gpu", "test_kernel_step", "test_float8", "test_attention_backends"),
-        *("test_packing", "test_kernel_edges", "test_kernel_float8", "test_kernel_dropout"),
+        *("test_packing_gpu", "test_kernel_edges", "test_kernel_float8", "test_kernel_dropout", "test_benchmark_step"),
+        "test_gpu_launches",
     )
 )
 # Compiling by torch takes longer than it tells.

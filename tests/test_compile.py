@@ -79,10 +79,13 @@ def test_rounding_to_float8_compiles(arch: str) -> None:
 
 
 def test_recorded_local_memory_is_of_wide_or_float32_kernels() -> None:
-    """In bfloat16 nothing spills at head dims up to 128 and hidden sizes up to 8192."""
+    """In bfloat16 nothing spills at head dims up to 128 and hidden sizes up to 8192, but for a few registers."""
     for name in LOCAL:
-        op, case, _, dtype, _ = name.split()
+        op, case, arch, dtype, kernel = name.split()
         wide = {"attention": "256" in case, "rms_norm": "16384" in case, "probe_rms_norm": "16384" in case}
         # Two to four registers of the widest norm with capture that most models have.
         few = op == "probe_rms_norm" and case in ("3x5376", "3x8192") and LOCAL[name] <= 16
+        # With Triton 3.6, in half mode, where dk and dv come from one kernel of 255 registers: twelve of them. Smaller
+        # tiles would keep them and change the order of sums; with 3.7 there are none.
+        few |= (op, arch, kernel) == ("attention", "sm_90", "key_kernel") and LOCAL[name] <= 48
         assert dtype == "float32" or wide.get(op, False) or few, name

@@ -89,6 +89,7 @@ wheels: ## fetch what benchmarks.gpu compares with, for a machine without networ
 	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --implementation cp \
 		--python-version $(WHEELS_PYTHON) $(PLATFORMS) -d .carry/wheels $(WHEELS)
 	@$(if $(DATA),cp -f "$(DATA)" .carry/gsm8k.json)
+	@[ $$(du -sm .carry | cut -f1) -lt 48 ] || { echo ".carry holds 48 MB or more: too much to bring along" >&2; exit 1; }
 	@du -sh .carry | cut -f1 | sed 's/$$/ in .carry. There, before benchmarks.gpu:/'
 	@echo "  python3 -m pip install -q --no-index --no-deps --target /tmp/site .carry/wheels/*.whl &&" \
 		"export PYTHONPATH=/tmp/site"

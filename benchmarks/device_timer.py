@@ -60,8 +60,8 @@ class Flush:
 
     # Bytes that are read: a few hundred microseconds. Seconds of sleep.
     READ, ASLEEP = 2**30, 2e-3
-    # Clock cycles of the sleep that tells how fast the clock is.
-    _TRIED = 2 * 10**6
+    # Clock cycles of a sleep that tells how fast the clock is, and how many of them wake it up: a tenth of a second.
+    _TRIED, _WAKING = 2 * 10**6, 100
 
     def __init__(self, device: str) -> None:
         self._buffer: Tensor | None = None
@@ -77,7 +77,9 @@ class Flush:
 
     def _cycles_a_second(self) -> float:
         timer = DeviceTimer("cuda")
-        for _ in range(2):  # the first wakes the clock up
+        for _ in range(self._WAKING):  # a clock at rest is slow, and the sleep would be short when it is not
+            torch.cuda._sleep(self._TRIED)
+        for _ in range(3):
             before = timer()
             with timer.region():
                 torch.cuda._sleep(self._TRIED)

@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="instructions and outputs as a JSON list")
     parser.add_argument("--smollm2", type=Path, help="a folder to take SmolLM2 from, as transformers saves it")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dual", action="store_true", help="the dual pass alone, without finite differences")
     parser.add_argument("--tiny", action="store_true", help="a model that takes no time, two steps")
     args = parser.parse_args(argv)
     names, steps = (["tiny"], 2) if args.tiny else (args.models, args.steps)
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     for name in names:
-        for row in measure(name, steps, args.data, args.device, args.smollm2):
+        for row in measure(name, steps, args.data, args.device, args.smollm2, differences=not args.dual):
             print(_line(row), flush=True)
             rows.append(row)
             if args.jsonl is not None:
@@ -119,7 +120,15 @@ def misses(row: Row) -> bool:
     return not row["cosine"] >= BOUNDS[row["dtype"]]
 
 
-def measure(name: str, steps: int, data: Path | None, device: str, folder: Path | None = None) -> Iterator[Row]:
+def measure(
+    name: str,
+    steps: int,
+    data: Path | None,
+    device: str,
+    folder: Path | None = None,
+    *,
+    differences: bool = True,
+) -> Iterator[Row]:
     """The rows of one model, at initialisation and after ``steps`` steps of SAP in float32."""
     load, layers = MODELS[name]
     base, tokenizer = models.smollm2_base(folder) if name == "smollm2" else load()
@@ -132,7 +141,8 @@ def measure(name: str, steps: int, data: Path | None, device: str, folder: Path 
     batch = on_device(collate(tokenizer, texts[:SEQUENCES], MAX_LENGTH))
     pairs = on_device(collate_pairs(tokenizer, pair_texts[:PAIRS], MAX_LENGTH))
     zero = {j: torch.zeros(base.config.hidden_size, device=device) for j in layers}
-    yield from compare(model, batch, pairs, zero, {"model": name, "when": "at initialisation"})
+    what = {"model": name, "when": "at initialisation"}
+    yield from compare(model, batch, pairs, zero, what, differences=differences)
 
     optimizer = torch.optim.AdamW(trained(model).values(), lr=LEARNING_RATE)
     with sap_fast.attach(model, SAPConfig(probe_layers=layers)) as sap:
@@ -145,7 +155,7 @@ def measure(name: str, steps: int, data: Path | None, device: str, folder: Path 
             optimizer.zero_grad()
         probe = sap.probe
     what = {"model": name, "when": f"after {steps} steps"}
-    yield from compare(model, batch, pairs, probe, what, check_truth=False)
+    yield from compare(model, batch, pairs, probe, what, check_truth=False, differences=differences)
 
 
 def compare(
@@ -156,8 +166,9 @@ def compare(
     what: Row,
     *,
     check_truth: bool = True,
-) -> list[Row]:
-    """Every way of computing ``grad_V L_dot`` at ``probe`` along one direction.
+    differences: bool = True,
+) -> Iterator[Row]:
+    """Every way of computing ``grad_V L_dot`` at ``probe`` along one direction, the dual pass first.
 
     Args:
         model: in float32.
@@ -165,34 +176,35 @@ def compare(
         probe: V by layer ``[d]``.
         what: entries of every row.
         check_truth: also compare the truth with double backward.
+        differences: also take finite differences.
     """
     u = harmful_direction(model, pairs)
     exact_model = copy.deepcopy(model).double()
     truth = dual(exact_model, batch, u, probe)
-    rows: list[Row] = []
 
-    def add(found: Vectors, gradient: str, dtype: str, radius: float | None = None, **other: Any) -> None:
+    def row(found: Vectors, gradient: str, dtype: str, radius: float | None = None, **other: Any) -> Row:
         against = other.pop("against", truth)
         entry = {**what, "gradient": gradient, "dtype": dtype, "radius": radius}
-        rows.append({**entry, **agreement(found, against), "truth": "float32 weights", **other})
+        return {**entry, **agreement(found, against), "truth": "float32 weights", **other}
 
-    if check_truth:
-        add(double_backward(exact_model, batch, u, probe), "double backward", "float64")
-    wide_u, wide_probe = _double(u), _double(probe)
-    for radius, found in finite_differences(exact_model, batch, wide_u, wide_probe, FLOAT64_RADII).items():
-        add(found, "finite difference", "float64", radius)
-    del exact_model
-    for radius, found in finite_differences(model, batch, u, probe, RADII).items():
-        add(found, "finite difference", "float32", radius)
     rounded = in_bfloat16(model)
-    for radius, found in finite_differences(rounded, batch, u, probe, RADII, autocast=True).items():
-        add(found, "finite difference", "bfloat16", radius)
-    add(dual(model, batch, u, probe), "dual", "float32")
-    found = dual(rounded, batch, u, probe)
-    add(found, "dual", "bfloat16")
+    in_rounded = dual(rounded, batch, u, probe)
+    yield row(in_rounded, "dual", "bfloat16")
+    yield row(dual(model, batch, u, probe), "dual", "float32")
+    if check_truth:
+        yield row(double_backward(exact_model, batch, u, probe), "double backward", "float64")
+    if differences:
+        wide_u, wide_probe = _double(u), _double(probe)
+        for radius, found in finite_differences(exact_model, batch, wide_u, wide_probe, FLOAT64_RADII).items():
+            yield row(found, "finite difference", "float64", radius)
+    del exact_model
+    if differences:
+        for radius, found in finite_differences(model, batch, u, probe, RADII).items():
+            yield row(found, "finite difference", "float32", radius)
+        for radius, found in finite_differences(rounded, batch, u, probe, RADII, autocast=True).items():
+            yield row(found, "finite difference", "bfloat16", radius)
     rounded_truth = dual(copy.deepcopy(rounded).double(), batch, u, probe)
-    add(found, "dual", "bfloat16", against=rounded_truth, truth="rounded weights")
-    return rows
+    yield row(in_rounded, "dual", "bfloat16", against=rounded_truth, truth="rounded weights")
 
 
 def dual(model: nn.Module, batch: Batch, u: Mapping[str, Tensor], probe: Vectors) -> dict[int, Tensor]:

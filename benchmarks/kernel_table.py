@@ -152,7 +152,7 @@ def _key(name: str, options: Mapping[str, Any]) -> tuple:
 
 
 def lines(found: Iterable[Row]) -> list[str]:
-    """The table in Markdown, without what differs between releases of Triton marked as such."""
+    """The table in Markdown."""
     heads = ["op, pass", "kernel", "model", "must, MB", "given, MB", "programs", "loads, B", "stores, B", "registers"]
     heads += ["shared, KiB", "local, B", "H100, µs", "H200, µs"]
     text = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]

@@ -32,6 +32,7 @@ import gc
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -99,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {"model": args.model, "rounds": rounds, "lora": "r = 8 on q_proj and v_proj", "optimizer": "none"}
     settings |= {"shapes": vars(shapes), "contenders": args.contenders, "peers": _peers()}
     tell = partial(told, args.jsonl) if args.jsonl else lambda row: None
+    tell({"model": args.model})
     suite = Suite(args.device, rounds, args.contenders, CHECKED_LAYERS if args.model in LARGE else None, tell=tell)
     environment = models.environment(args.device)
     result: dict[str, Any] = {"environment": environment, "settings": settings, "seconds": None}
@@ -116,18 +118,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stored is None or DTYPES[dtype] != frozen_dtype(stored):
             stored = None  # before another takes its place
             stored, tokenizer = ready(args.model, args.smollm2, DTYPES[dtype], args.device)
-            result["digests"].append({"dtype": dtype, **digest(shallow(args.model, stored))})
-            tell({"digest": result["digests"][-1]})
         suite.names = [name for name in args.contenders if kind != "floor" or name in ON_FLOOR]
         if args.limit is not None:
             suite.limit = max(0.0, args.limit - (time.perf_counter() - start)) * _share(measured[i:])
         for row in suite.measure(stored, dtype, rows(tokenizer, examples, shapes, kind, args.device)):
             print(line(row), flush=True)
+        if dtype not in (known["dtype"] for known in result["digests"]):
+            taken(dtype, shallow(args.model, stored), result["digests"], tell)
         result["seconds"] = round(time.perf_counter() - start, 1)
         result["targets"] = step_targets.verdicts(suite.rows, result["digests"], environment["device"], args.model)
         models.write(args.json, result)  # later rows may fail
-        for target in result["targets"]:
-            tell(target)
     for verdict in ("skipped", "refused"):
         for entry in result[verdict]:
             print(f"{verdict}: {', '.join(str(entry[key]) for key in entry)}")
@@ -166,6 +166,17 @@ def frozen_dtype(model: nn.Module) -> torch.dtype:
 def shallow(name: str, model: nn.Module) -> nn.Module:
     """A twin of a model that a few steps take little time on."""
     return models.cut(model, CHECKED_LAYERS) if name in LARGE else models.twin(model)
+
+
+def taken(dtype: str, model: nn.Module, digests: list[Row], tell: Callable[[Row], None]) -> None:
+    """Take the digest of a few steps; where they fail, that is told, and others go on."""
+    try:
+        digests.append({"dtype": dtype, **digest(model)})
+    except Exception as error:
+        traceback.print_exception(error)
+        tell({"contender": "digest", "reason": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
+    else:
+        tell({"digest": digests[-1]})
 
 
 def told(path: Path, fact: Row) -> None:

@@ -141,7 +141,9 @@ def sap(
             raise AbsentError("full rows hold no padding: it is lagged")
         if config.graph and given.batch["input_ids"].device.type != "cuda":
             raise AbsentError("CUDA graphs need a GPU")
-        settings, batch, contrast = config, given.batch, given.pairs
+        settings = config
+        # On the host, where a loader leaves them: from the device they would be waited for.
+        batch, contrast = ({key: x.cpu() for key, x in each.items()} for each in (given.batch, given.pairs))
         if config.pairs_per_step is not None:
             if given.shapes.pairs < 2:
                 raise AbsentError("half of one pair is none")

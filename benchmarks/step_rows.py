@@ -1,7 +1,7 @@
 """The batches that a whole step is timed on: task rows and pairs of three kinds.
 
-- ``real``: drawn from the data and padded to the longest, as a collator does. What loses its answer where it is cut
-  is not drawn, so that lengths are those of the data that such a batch can hold;
+- ``real``: drawn from the data and padded to the longest, as a collator does. Rows whose answer would be cut off
+  entirely are not drawn, so that lengths are those of the data that such a batch can hold;
 - ``released``: the same rows, padded to the fixed lengths to which the released code pads;
 - ``full``: all of one length, so that there is no padding, and all compute on the same tokens;
 - ``floor``: those that the floor is computed for, whatever the data (``step_floor_rows.py``).

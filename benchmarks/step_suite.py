@@ -1,6 +1,7 @@
 """The contenders of a whole step, put to work, found right, timed in turns: ``benchmarks.step`` without its command."""
 
 import gc
+import os
 import statistics
 import time
 import traceback
@@ -35,6 +36,8 @@ RATIOS = {"ratio_to_plain_sft": "plain-sft", "ratio_to_published_tidy": "tidy", 
 # Of a limited time, the share in which contenders are opened and checked; the rest is for timing them.
 OPENING = 0.6
 OUT_OF_TIME = "time"
+# The exit code of a process whose CUDA context was lost.
+LOST = 70
 # After so many rounds rows are told, and again at the end: what stops a run then costs it the rounds since.
 TOLD = (2, 7, 15, 22)
 
@@ -202,6 +205,12 @@ class Suite:
         reason = " ".join(f"{type(error).__name__}: {error}".removeprefix("AssertionError: ").split())[:300]
         self._leave_out(self.refused, {"contender": name, "reason": reason, **where})
         if self.device == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except Exception as lost:  # nothing runs in this process any more: who started it goes on without this one
+                self._tell({"lost": name})
+                print(f"{name} has lost the GPU: {lost}", flush=True)
+                os._exit(LOST)  # what else is open could not be closed
             error.__traceback__ = None  # its frames hold tensors
             gc.collect()
             torch.cuda.empty_cache()

@@ -1,13 +1,16 @@
 """What a whole step is aimed at, and whether a run of ``benchmarks.step`` meets it.
 
 Targets are judged on the model and the devices that they name alone, on a GPU at the published shapes, and of medians
-of as many rounds as a verdict takes; with the verdict comes the interval that holds the median ratio
-(``step_rounds.py``). They are ratios, which an H100 and an H200 share, but for the rate: that one is judged on the
+of as many rounds as a verdict takes. A ratio of times is the median of those of the rounds, and comes with an interval
+that holds it (``step_rounds.py``).
+
+They are ratios, which an H100 and an H200 share, but for the rate: that one is judged on the
 rows that the floor is computed for, the others on rows of real lengths, of which the published step and plain
 fine-tuning get the padding too. Liger's fine-tuning gets padding as well: of it without there is no contender, and no
 target. A target that is missed says by how much of its bound.
 """
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +46,8 @@ class Target:
 
     def value(self, rows: Mapping[str, Row]) -> float | None:
         """What the rows say, by contender; None where they lack one, or its number."""
+        if ratios := self._ratios(rows):
+            return statistics.median(ratios)
         mine, other = self._numbers(rows, self.column)
         if mine is None or other is None:
             return None
@@ -50,16 +55,19 @@ class Target:
 
     def interval(self, rows: Mapping[str, Row]) -> tuple[float, float] | None:
         """Of a ratio of times, what its median lies in; None of others, and of too few rounds."""
-        mine, other = self._numbers(rows, "round_ms")
-        if self.column != "ms" or self.over is None or mine is None or other is None:
-            return None
-        pairs = zip(mine, other, strict=False)
-        return interval([b / a if self.faster else a / b for a, b in pairs])
+        return interval(self._ratios(rows))
 
     def rounds(self, rows: Mapping[str, Row]) -> int:
         """Of the contender with the fewest; 0 if one is missing."""
         found = [rows[name]["rounds"] if name in rows else 0 for name in (self.contender, self.over) if name]
         return min(found)
+
+    def _ratios(self, rows: Mapping[str, Row]) -> list[float]:
+        """Of times, the ratio in each round: what slows a whole round down is not in it. Of other columns none."""
+        mine, other = self._numbers(rows, "round_ms")
+        if self.column != "ms" or self.over is None or mine is None or other is None:
+            return []
+        return [b / a if self.faster else a / b for a, b in zip(mine, other, strict=False)]
 
     def _numbers(self, rows: Mapping[str, Row], column: str) -> tuple[Any, Any]:
         mine = rows.get(self.contender, {}).get(column)

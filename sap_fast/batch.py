@@ -227,7 +227,7 @@ def read_pairs(
 
 
 def packed(batch: HostBatch) -> Rows:
-    """A checked batch as packed rows, still on the host; what is drawn of one may have nothing to score."""
+    """A checked batch as packed rows, still on the host; a subset that was drawn may have no scored token."""
     real, lengths = batch.real, batch.real.sum(1)
     row = real.ravel().cumsum().reshape(real.shape) - 1
     # labels[:, t + 1] is predicted by row t.

@@ -12,7 +12,7 @@ from sap_fast.ops.lora_linear.float8 import BLOCK, Float8Weight, product, refusa
 
 # Hopper. The chips of 8.9 multiply in float8 too, by other kernels than these, on which nothing here was tried.
 CAPABILITY = (9, 0)
-# How far beneath its caller ``attach`` the warning here is raised.
+# stacklevel: the frames from the warning here up to the caller of ``attach``.
 _ATTACH = 5
 
 

@@ -188,7 +188,7 @@ def test_who_fails_while_timed_costs_nobody_else(tmp_path: Path, monkeypatch: py
     assert "in step_\n" in capsys.readouterr().err  # where it failed
     told = [json.loads(text) for text in facts.read_text().splitlines()]
     assert [fact["rounds"] for fact in told if "ms" in fact] == [2, 3, 3]
-    assert {"digest", "reason", "target"} <= {key for fact in told for key in fact}
+    assert {"digest", "reason", "model"} <= {key for fact in told for key in fact}
 
 
 def test_two_copies_of_the_weights_are_not_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,5 +432,6 @@ def test_on_a_gpu_kernels_and_memory_are_counted(tmp_path: Path) -> None:
     assert (allocations.peak, allocations.held) == (4 * 2**20, 0)
     path = tmp_path / "result.json"
     arguments = ["--device", "cuda", "--model", "tiny", "--rounds", "1", "--dtype", "float32", "--json", str(path)]
-    assert step.main(arguments) == 0
+    # Of all contenders the kernels take longer to compile than a test may.
+    assert step.main([*arguments, "--contenders", "lagged", "plain-sft"]) == 0
     assert all(row["peak_memory"] > 0 and row["launches"] > 0 for row in read(path)["rows"])

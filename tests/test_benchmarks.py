@@ -66,7 +66,7 @@ def test_fidelity_fails_when_a_bound_is_missed(tmp_path: Path, monkeypatch: pyte
     ]
     assert [fidelity.misses(row) for row in rows] == [False, True]
     assert fidelity.misses(rows[0] | {"cosine": math.nan})
-    monkeypatch.setattr(fidelity, "measure", lambda *_: rows)
+    monkeypatch.setattr(fidelity, "measure", lambda *_, **__: rows)
     assert fidelity.main(["--tiny", "--json", str(tmp_path / "result.json")]) == 1
 
 

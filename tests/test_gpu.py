@@ -88,8 +88,12 @@ def test_rows_past_2_to_the_31_elements(call: Callable[[Tensor], Tensor]) -> Non
     rows, width = 2**19 + 8, 4096
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
         pytest.skip("needs 16 GiB of free GPU memory")
-    x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
-    assert torch.equal(call(x)[-8:], call(x[-8:].clone()))
+    try:
+        x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
+        found = call(x)[-8:]
+    except torch.OutOfMemoryError:
+        pytest.skip("needs 16 GiB of free GPU memory, which others have taken meanwhile")
+    assert torch.equal(found, call(x[-8:].clone()))
 
 
 def test_memory_of_attention_is_linear_in_the_sequence() -> None:

@@ -62,7 +62,7 @@ def test_planted_failures_are_shown_and_survived(tmp_path: Path) -> None:
     text = (tmp_path / table.NAME).read_text()
     assert text.strip() in printed and len(text) < 10_000
     for told in (
-        "NOT ALL IS RIGHT",
+        "SOMETHING IS WRONG",
         "2 passed, 4 failed, 1 died, 1 hung",
         "failed: AssertionError: off by more than allowed",
         "2 x allowed",
@@ -71,7 +71,7 @@ def test_planted_failures_are_shown_and_survived(tmp_path: Path) -> None:
         "can't allocate memory",
         "hung: did not end within 4 s",
         "died: its process ended by signal 11 (SIGSEGV)",
-        f"--also {file} --only 'tests/planted.py::test_exception[glu-full-bfloat16-3x5]'",
+        f"--part check --out DIR --tiny --also {file} --only 'tests/planted.py::test_exception[glu-full-bfloat16-3x5]'",
     ):
         assert told in text, told
     # One for each distinct error, with the place where it was raised.
@@ -120,6 +120,22 @@ def test_what_a_program_that_watches_says_at_its_end_is_a_problem(tmp_path: Path
     assert stages(lines) == [("sanitize", "a process came to its end with code 99; log.txt says why", 0)]
 
 
+def test_a_file_that_cannot_be_imported_is_a_failure_of_its_own(tmp_path: Path) -> None:
+    """... and costs no test of another file."""
+    (tmp_path / "test_bad.py").write_text("import a_package_that_is_not_there\n")
+    (tmp_path / "test_good.py").write_text("def test_a():\n    pass\ndef test_b():\n    pass\n")
+    files = [str(tmp_path / name) for name in ("test_bad.py", "test_good.py")]
+    lines = ran(tmp_path, Tests("tests", files, workers=2), 60.0)
+    found = {item.id.rpartition("/")[2]: item for item in results.items(lines)}
+    assert {id.partition("::")[2] or id: item.outcome for id, item in found.items()} == {
+        "test_bad.py": "failed",
+        "test_a": "passed",
+        "test_b": "passed",
+    }
+    assert found["test_bad.py"].reason == "ModuleNotFoundError: No module named 'a_package_that_is_not_there'"
+    assert stages(lines) == [("tests", None, 0)]
+
+
 def test_processes_that_never_reach_a_test_are_given_up(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text("raise SystemExit(9)\n")
     ((stage, problem, left),) = stages(ran(tmp_path, Tests("smoke", [str(tmp_path / "test_it.py")]), 60.0))
@@ -138,8 +154,12 @@ def test_a_stage_ends_in_time_whatever_it_does(tmp_path: Path) -> None:
     start = time.time()
     lines = ran(tmp_path, Tests("smoke", [str(tmp_path / "test_it.py")]), 8.0)
     assert 7.5 < time.time() - start < 20
-    assert [item.outcome for item in results.items(lines)] == ["passed"]
-    assert stages(lines) == [("smoke", "1 of 1 processes were cut off after 8 s", 0)]
+    found = {item.id.rpartition("::")[2]: (item.outcome, item.reason) for item in results.items(lines)}
+    assert found == {
+        "test_a": ("passed", ""),
+        "test_b": ("hung", "was still running when the 8 s of its stage were over"),
+    }
+    assert stages(lines) == [("smoke", "1 of 1 processes were cut off after 8 s", 1)]
 
 
 def test_what_begins_too_late_is_left_out(tmp_path: Path) -> None:
@@ -184,7 +204,7 @@ class Slow:
 
     command = tests
 
-    def ended(self, stage: str, seconds: float, problems: list[str], left: int = 0) -> None:
+    def ended(self, stage: str, seconds: float, problems: list[str], left: int = 0, *, late: bool = False) -> None:
         self.ran.append((stage, 0.0))
 
 
@@ -199,7 +219,8 @@ def a_run(part: str, limit: float, folder: Path, **options: Any) -> tuple[parts.
 @pytest.mark.parametrize("part", ["check", "time"])
 def test_limits_hold_on_a_slow_machine(part: str, limit: float | None, tmp_path: Path) -> None:
     limit = limit or parts.LIMITS[part]
-    results.append(tmp_path / results.NAME, Item("a", "smoke", "failed").line | {"earlier": True})
+    failed = Item(f"{parts.SMOKE_FILE}::a", "smoke", "failed")
+    results.append(tmp_path / results.NAME, failed.line | {"earlier": True})
     run, runner = a_run(part, limit, tmp_path)
     parts.PARTS[part](run)
     assert runner.now <= limit
@@ -303,31 +324,40 @@ def test_a_run_that_is_told_to_stop_writes_its_table(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "PROBLEM: stopped" in printed and (out / table.NAME).read_text().strip() in printed
+    assert "  stopped" in printed and (out / table.NAME).read_text().strip() in printed
 
 
 def test_what_a_resumed_run_takes_over() -> None:
-    run = {"kind": "run", "part": "check"}
+    ground = {"device": "a", "torch": "1", "triton": "2", "commit": None}
+    run = {"kind": "run", "part": "check", "environment": ground}
     ended = {"kind": "stage", "stage": "step", "problem": None, "left": 0, "only": None}
+    timing = Item("timing", "ops", "passed", values={"seconds": [1.0]})
     lines = [
         run,
         {"kind": "begin", "id": "cut"},
         Item("right", "smoke", "passed").line,
         Item("wrong", "smoke", "hung").line,
+        timing.line,
         {"kind": "row", "stage": "step", "ms": 1.0},
+        {"kind": "row", "stage": "step", "digest": {}},
         ended,
         ended | {"stage": "ops", "left": 3},
         ended | {"stage": "smoke", "only": "*glu*"},
     ]
-    same, other = results.carried_over(lines, "check"), results.carried_over(lines, "time")
+    same = results.carried_over(lines, run)
     assert all(line["earlier"] for line in same)
-    assert [line.get("id") or line.get("stage") for line in same] == ["right", "wrong", "step", "step"]
-    assert [line["id"] for line in other] == ["right", "wrong"]
-    assert results.settled(same) == {"right"} and results.wrong(same) == {"wrong"}
+    assert [line.get("id") or line.get("stage") for line in same] == ["right", "wrong", "timing", *["step"] * 3]
+    # Of another part, or on another device, no measurement; but what was wrong, and the bits to compare.
+    for other in (run | {"part": "time"}, run | {"environment": ground | {"device": "b"}}):
+        taken = results.carried_over(lines, other)
+        assert [line.get("id") or "digest" in line for line in taken] == ["right", "wrong", True]
+    assert results.settled(same) == {"right", "timing"} and results.wrong(same) == {"wrong"}
     # The last word counts.
     mended = [*same, {"kind": "begin", "id": "wrong"}, Item("wrong", "again", "passed").line]
-    assert results.settled(mended) == {"right", "wrong"} and results.wrong(mended) == set()
-    assert [item.outcome for item in results.items(mended)] == ["passed", "passed"]
+    assert results.settled(mended) == {"right", "wrong", "timing"} and results.wrong(mended) == set()
+    assert [item.outcome for item in results.items(mended)] == ["passed"] * 3
+    # What was skipped, for want of time or memory, is tried again.
+    assert results.settled([Item("skipped", "ops", "skipped", reason="time").line | {"earlier": True}]) == set()
 
 
 def test_a_line_cut_off_is_left_out(tmp_path: Path) -> None:
@@ -429,6 +459,73 @@ def test_errors_are_told_apart_and_no_number_is_the_worst() -> None:
     assert table.Problem.of(contract) == ("attention", "half", "bfloat16", "more-than-a-tile")
 
 
+def test_a_verdict_is_of_what_was_tried() -> None:
+    run = {"kind": "run", "part": "check"}
+    ended = {"kind": "stage", "stage": "smoke", "problem": None, "left": 0, "late": False}
+    right, wrong = Item("a", "smoke", "passed").line, Item("b", "smoke", "died").line
+    late = ended | {"problem": "cut off after 9 s", "late": True}
+    for lines, expected in (
+        ([right, ended], 0),
+        ([right, wrong, ended], 1),
+        ([right, ended | {"problem": "ended with code 1"}], 1),
+        ([ended], 2),  # of an --only that has nothing in it
+        ([right, ended | {"left": 4}], 3),
+        ([right, late], 3),
+        ([right, late | {"earlier": True}, ended], 0),
+    ):
+        assert table.verdict([run, *lines]).code == expected, lines
+
+
+def step_row(contender: str, ms: float, rounds: int, **more: Any) -> dict[str, Any]:
+    row = {"kind": "row", "stage": "step", "contender": contender, "padding": "real", "dtype": "bfloat16", "ms": ms}
+    row |= {"floor_ms": 1.0, "tflops_per_s": 1.0, "peak_memory": 2**30, "rounds": rounds, "launches": None}
+    return row | {"task_shape": [10, 128], "round_ms": [ms] * rounds, "ratio_to_plain_sft": None} | more
+
+
+def test_steps_are_told_by_the_most_rounds_and_judged_though_cut_off() -> None:
+    environment = models.environment("cpu") | {"device": "NVIDIA H100 80GB HBM3"}
+    digest = {"dtype": "bfloat16", "layers": 2, "first": "a" * 64, "again": "a" * 64, "identical": True}
+    lines = [
+        {"kind": "run", "part": "time", "tiny": False, "limit": 330.0, "environment": environment},
+        {"kind": "row", "stage": "step", "model": "llama-2-7b"},
+        {"kind": "row", "stage": "step", "digest": digest, "earlier": True},
+        {"kind": "row", "stage": "step", "digest": digest},
+        {"kind": "row", "stage": "step", "contender": "lagged", "reason": "of an earlier run"},
+        {"kind": "row", "stage": "step", "contender": "tidy", "reason": "OutOfMemoryError"},
+        step_row("plain-sft", 10.0, 22, earlier=True),
+        step_row("lagged", 18.0, 22, earlier=True),
+        step_row("lagged", 99.0, 2),
+    ]
+    text = table.table(lines, "")
+    assert "18.0 ms" in text and "99.0 ms" not in text
+    assert (
+        "met              llama-2-7b on H100 or H200, bfloat16: lagged, ms over plain-sft's <= 2: 1.8 (1.8 to 1.8)"
+        in text
+    )
+    assert "step: tidy: OutOfMemoryError" in text and "of an earlier run" not in text
+    assert f"digest bfloat16, 2 layers: the same in 2 runs: {'a' * 16}" in text
+    lines[3] = lines[3] | {"digest": digest | {"again": "b" * 64}}
+    assert "digest bfloat16, 2 layers: DIFFERENT in 2 runs" in table.table(lines, "")
+
+
+def test_a_contender_that_loses_the_gpu_costs_the_others_nothing(tmp_path: Path) -> None:
+    """They are run once more, in a process whose CUDA context is whole."""
+    run, runner = a_run("time", 330.0, tmp_path)
+    asked: list[list[str]] = []
+
+    def losing(command: Command, seconds: float) -> int:
+        words = [*command.arguments]
+        asked.append(words[words.index("--contenders") + 1 : words.index("--model")])
+        if "graph" not in asked[-1]:
+            return 0
+        results.append(runner.found, {"kind": "row", "stage": "step", "lost": "graph"})
+        return reporter.FATAL
+
+    runner.command = losing  # type: ignore[method-assign]
+    run.steps("step", ("lagged", "graph", "tidy"), 7, most=200.0)
+    assert asked == [["lagged", "graph", "tidy"], ["lagged", "tidy"]]
+
+
 def test_reasons_name_no_folder() -> None:
     assert results.brief(f"in {models.ROOT}/x.py,\n {Path.home()}/y and /usr/lib/w.so") == "in x.py, y and w.so"
 
@@ -455,6 +552,7 @@ def test_bad_arguments_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--tiny", "--resume", str(tmp_path)], "holds no results.jsonl; name the --out of an earlier run"),
         (["--tiny", "--also", "nowhere.py"], "nowhere.py does not exist"),
         (["--tiny", "--sanitize", "glu"], "--sanitize belongs to --part check, on a GPU"),
+        (["--sanitize", "typo"], "no GPU is at hand"),
     ):
         with pytest.raises(SystemExit, match="2"):
             command.main(["--part", "check", *out, *arguments])
@@ -475,7 +573,7 @@ def test_the_whole_of_both_parts_runs(tmp_path: Path) -> None:
         process = started("--part", part, "--out", out, *more)
         printed, _ = process.communicate(timeout=500)
         assert process.returncode == 0, printed + (out / command.LOG).read_text()[-5000:]
-        assert "nothing was measured" in printed and "ALL THAT WAS TRIED IS RIGHT" in printed
+        assert "nothing was measured" in printed and "ALL WAS TRIED AND RIGHT" in printed
     lines = results.read(checked / results.NAME)
     assert [stage for stage, _, _ in stages(lines)] == ["compile", "smoke", "tests", "step"]
     right = Counter(item.stage for item in results.items(lines) if item.outcome == "passed")

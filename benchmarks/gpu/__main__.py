@@ -17,7 +17,8 @@ is, last. ``python -m benchmarks.gpu.keep DIR`` turns the lines into a file for 
 Where ``.carry/`` holds wheels (``make wheels``), kernels compiled ahead (``--part ahead --out .carry``) or
 ``gsm8k.json``, they are used. ``--tiny`` goes through a part on a CPU, in Triton's interpreter, and measures nothing.
 
-Exit code 1 if something failed, died, hung, or was left out for want of time; a missed target is printed, and is none.
+Exit code 0 if all was tried and right, 1 if something failed, died or hung, 3 if nothing was wrong but not all was
+tried. A missed target is printed, and is no failure.
 """
 
 import argparse
@@ -45,20 +46,21 @@ class Stopped(BaseException):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a part, print its table; returns the exit code."""
-    start = time.time()
+    start = time.time() - time.process_time()  # what was imported until here counts
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     found, log = args.out / results.NAME, args.out / LOG
     earlier = results.read(args.resume / results.NAME) if args.resume else []
-    begun = {"kind": "run", "part": args.part, "tiny": args.tiny, "limit": args.limit, "start": start}
+    begun: dict[str, Any] = {"kind": "run", "part": args.part, "tiny": args.tiny, "limit": args.limit, "start": start}
     begun |= {"resumed": bool(earlier), "environment": parts.environment(tiny=args.tiny or args.part == "ahead")}
     # In place of what the folder may hold; a run that resumes itself has read it.
     temporary = found.with_suffix(".new")
     temporary.unlink(missing_ok=True)
-    for line in (begun, *results.carried_over(earlier, args.part)):
+    for line in (begun, *results.carried_over(earlier, begun)):
         results.append(temporary, line)
     temporary.replace(found)
-    log.unlink(missing_ok=True)
+    if not args.resume or args.resume.resolve() != args.out.resolve():
+        log.unlink(missing_ok=True)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
@@ -70,13 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             parts.PARTS[args.part](run)
         except (Stopped, KeyboardInterrupt) as error:
             stopped = type(error).__name__
-            runner.ended("run", time.time() - start, ["stopped"])
+            runner.ended("run", time.time() - start, ["stopped"], late=True)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # what was found is written, whatever comes now
+        text = table.write(args.out, _spelled(args))
         run.keep()
-    text = table.write(args.out, _spelled(args))
     print(text, flush=True)
     if stopped:
         return 130
-    return 0 if table.succeeded(results.read(found)) else 1
+    return table.verdict(results.read(found)).code
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -90,7 +94,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", type=Path, metavar="DIR", help="an earlier run's folder, to go on from")
     parser.add_argument("--sanitize", metavar="OP", help="of check: this op's smoke alone, under compute-sanitizer")
     parser.add_argument("--data", type=Path, help="instructions and outputs as a JSON list, for rows of real lengths")
-    parser.add_argument("--hang", type=float, default=60.0, help="seconds after which a test counts as hung")
+    parser.add_argument("--hang", type=float, help="seconds after which a test counts as hung; else as its stage says")
     parser.add_argument("--also", type=Path, action="append", default=[], help="a further file of tests for the smoke")
     parser.add_argument("--workers", type=int, help="processes that share the tests; 16, of a tiny run 2")
     parser.add_argument("--arch", default="sm_90", help="of ahead: what to compile for")
@@ -112,10 +116,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _spelled(args: Any) -> str:
-    """The command that repeats one item of this run: its name is to be added."""
-    words = ["python", "-m", "benchmarks.gpu", "--part", args.part, "--out", "DIR", *(["--tiny"] if args.tiny else [])]
-    words += [word for path in args.also for word in ("--also", str(path))]
-    return shlex.join(words) + " --only"
+    """The options with which one item of this run is repeated; its part, and its name, are to be added."""
+    words = ["--out", "DIR", *(["--tiny"] if args.tiny else [])]
+    return shlex.join(words + [word for path in args.also for word in ("--also", str(path))])
 
 
 def _stop(number: int, frame: Any) -> None:

@@ -16,15 +16,17 @@ import torch
 
 from benchmarks import models
 from benchmarks.gpu import cache, results
-from benchmarks.gpu.processes import Command, Runner, Tests
+from benchmarks.gpu.processes import FATAL, Command, Runner, Tests, grace_of
+from sap_fast.ops._cases import every_op
 
 # Seconds that a part takes by default, starts of its processes included.
 LIMITS = {"check": 260.0, "time": 330.0, "ahead": 1800.0}
 WORKERS = 16
 # The most that a stage may take; what a part has beyond its default goes to the tests, and to the whole steps.
 COMPILING, SMOKE, STEPS = 35.0, 70.0, 65.0
-AGAIN, CEILINGS, FIDELITY, OPS, PROFILE = 40.0, 20.0, 45.0, 50.0, 30.0
-FLOAT8_STEPS, SMALL_STEPS = 60.0, 45.0
+AGAIN, CEILINGS, FIDELITY, OPS, PROFILE, FLOAT8_STEPS = 40.0, 20.0, 40.0, 45.0, 40.0, 30.0
+# What a command needs to its start, and after the end of what it was told.
+STARTING = 12.0
 # With less, no stage begins: its processes would hardly have started.
 LEAST = 8.0
 
@@ -76,6 +78,8 @@ def unfit(args: argparse.Namespace) -> str | None:
         return "TRITON_INTERPRET=1 keeps kernels off the GPU: unset it, or give --tiny"
     if args.sanitize and (args.part != "check" or args.tiny):
         return "--sanitize belongs to --part check, on a GPU"
+    if args.sanitize and args.sanitize not in (names := [op.name for op in every_op()]):
+        return f"--sanitize takes one of {', '.join(names)}, not {args.sanitize!r}"
     if args.sanitize and sanitizer() is None:
         return "--sanitize needs compute-sanitizer, which comes with CUDA: put it on the PATH"
     return None
@@ -147,19 +151,34 @@ class Run:
         if wanted and not self.done(tests.stage):
             self._run(tests.stage, lambda seconds: self.runner.tests(tests, seconds), most, keep)
 
-    def command(self, command: Command, most: float, keep: float = 0.0) -> None:
-        """Run a stage that is one command, likewise."""
+    def command(self, command: Command, most: float, keep: float = 0.0) -> int | None:
+        """Run a stage that is one command, likewise; its exit code, None if it was not run or cut off."""
         only = self.args.only
-        if not self.done(command.stage) and (only is None or results.matches(command.stage, only.partition("/")[0])):
-            self._run(command.stage, lambda seconds: self.runner.command(command, seconds), most, keep)
+        if self.done(command.stage) or not (only is None or results.matches(command.stage, only.partition("/")[0])):
+            return None
+        return self._run(command.stage, lambda seconds: self.runner.command(command, seconds), most, keep)
 
-    def _run(self, stage: str, run: Callable[[float], Any], most: float, keep: float) -> None:
+    def steps(
+        self, stage: str, contenders: Sequence[str], rounds: int, most: float, keep: float = 0.0, model: str = MODEL
+    ) -> None:
+        """Run whole steps; where one contender has lost the GPU for all of its process, the others once more."""
+        end = self._clock() + self.seconds(most, keep)
+        chosen = list(contenders)
+        while chosen:
+            seconds = self.seconds(end - self._clock())
+            code = self.command(_steps(self, stage, chosen, rounds, seconds, model), seconds)
+            lost = [row["lost"] for row in results.rows(results.read(self.runner.found), stage) if "lost" in row]
+            if code != FATAL or not {*chosen} & {*lost} or end - self._clock() < AGAIN:
+                break
+            chosen = [name for name in chosen if name not in lost]
+
+    def _run(self, stage: str, run: Callable[[float], Any], most: float, keep: float) -> Any:
         seconds = self.seconds(most, keep)
         if seconds < LEAST:
-            self.runner.ended(stage, 0.0, ["not begun: no time was left"])
+            self.runner.ended(stage, 0.0, ["not begun: no time was left"], late=True)
             return
         print(f"{stage}: at most {seconds:.0f} s", flush=True)
-        run(seconds)
+        return run(seconds)
 
     def python(self, stage: str, module: str, *arguments: str, rows: bool = True) -> Command:
         """A stage that is one of the benchmarks' commands; with ``rows`` it is told where to write them."""
@@ -180,11 +199,10 @@ def check(run: Run) -> None:
         return sanitize(run)
     variants(run, most=COMPILING, keep=60.0)
     smoke = (SMOKE_FILE, *map(str, args.also), f"--size={run.size}")
-    run.tests(Tests("smoke", smoke, args.workers, run.environment), SMOKE, keep=30.0)
+    run.tests(Tests("smoke", (*smoke, "--spread"), args.workers, run.environment, hang=25.0), SMOKE, keep=30.0)
     tests = TINY_TESTS if args.tiny else (*DEVICE_TESTS, "-m", "gpu", "-k", LEFT_OUT)
     run.tests(Tests("tests", (*tests, "--spread"), args.workers, run.environment), float("inf"), keep=STEPS)
-    checked = TINY_CONTENDERS[1::2] if args.tiny else CHECKED
-    run.command(_steps(run, "step", checked, rounds=2, most=STEPS), STEPS)
+    run.steps("step", TINY_CONTENDERS[1::2] if args.tiny else CHECKED, rounds=2, most=STEPS)
     return None
 
 
@@ -194,7 +212,7 @@ def variants(run: Run, most: float, keep: float = 0.0) -> None:
     environment = run.environment | {"TRITON_INTERPRET": None, "CUBLAS_WORKSPACE_CONFIG": None}
     arch = [f"--arch={run.args.arch}"] if run.args.tiny or run.args.part == "ahead" else []
     arguments = (VARIANTS_FILE, f"--size={run.size}", *arch)
-    run.tests(Tests("compile", arguments, run.args.workers, environment), most, keep)
+    run.tests(Tests("compile", arguments, run.args.workers, environment, hang=25.0), most, keep)
 
 
 def sanitize(run: Run) -> None:
@@ -203,42 +221,46 @@ def sanitize(run: Run) -> None:
     assert program is not None
     before = (program, "--tool", "memcheck", "--error-exitcode", "99", "--print-limit", "20")
     environment = run.environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    run.runner.hang = float("inf")  # it takes as long as it takes: many times what a kernel does by itself
     arguments = (SMOKE_FILE, f"--size={run.size}", "-k", f"test_op and {run.args.sanitize}-")
-    run.tests(Tests("sanitize", arguments, 1, environment, before), float("inf"))
+    # It takes as long as it takes, many times what Python and the kernels do by themselves.
+    inf = float("inf")
+    run.tests(Tests("sanitize", arguments, 1, environment, before, hang=inf, startup=inf), inf)
 
 
 def time_(run: Run) -> None:
     """How fast is it; first, whether what failed is mended."""
     args = run.args
-    if results.wrong(results.read(run.runner.found)):
-        files = (SMOKE_FILE, *map(str, args.also), *(TINY_TESTS[:1] if args.tiny else DEVICE_TESTS))
-        again = Tests("again", (*files, f"--size={run.size}", "--again"), args.workers, run.environment)
-        run.tests(again, AGAIN)
+    files = (SMOKE_FILE, VARIANTS_FILE, *map(str, args.also), *(TINY_TESTS[:1] if args.tiny else DEVICE_TESTS))
+    known = {Path(file).name for file in files}
+    wrong = results.wrong(results.read(run.runner.found))
+    if failed := [id for id in wrong if Path(id.partition("::")[0]).name in known]:
+        arguments, workers = (*files, f"--size={run.size}", "--again"), min(args.workers, len(failed))
+        run.tests(Tests("again", arguments, workers, run.environment, hang=20.0), AGAIN)
     run.command(run.python("ceilings", "benchmarks.gpu.ceilings", *_device(run)), CEILINGS)
-    # By default they get some 180 s; of less time, most of it.
-    steps = max(run.seconds(float("inf"), keep=FIDELITY + OPS + PROFILE), run.seconds(float("inf")) / 2)
+    # By default they get some 150 s; of less time, most of it.
+    left = run.seconds(float("inf"))
     timed, rounds = (TINY_CONTENDERS, 1) if args.tiny else (TIMED, 30)
-    run.command(_steps(run, "step", timed, rounds, steps), steps)
+    run.steps("step", timed, rounds, most=max(left - (FIDELITY + OPS + PROFILE + FLOAT8_STEPS), left / 2))
     fidelity = [
         "--json",
         str(run.folder / "fidelity.json"),
-        *(["--tiny"] if args.tiny else ["--models", *FIDELITY_MODELS]),
+        *(["--tiny"] if args.tiny else ["--models", *FIDELITY_MODELS, "--dual"]),
     ]
     fidelity += [] if args.tiny else ["--device", "cuda"]
     run.command(run.python("fidelity", "benchmarks.fidelity", *fidelity), FIDELITY)
     run.tests(Tests("ops", (OPS_FILE, f"--size={run.size}"), 1, run.environment), OPS)
     profile(run)
-    if not args.tiny:  # what is left: no goal is judged by it
-        run.command(_steps(run, "float8", FLOAT8, 7, FLOAT8_STEPS), FLOAT8_STEPS)
-        run.command(_steps(run, "small", SMALL, 7, SMALL_STEPS, SMALL_MODEL), SMALL_STEPS)
+    if not args.tiny:  # no goal is judged by them
+        run.steps("float8", FLOAT8, 7, float("inf"))
+        run.steps("small", SMALL, 7, float("inf"), model=SMALL_MODEL)
 
 
 def profile(run: Run) -> None:
     """A step by its phases; the page is kept."""
     folder = run.folder / "profile"
     arguments = ["--out", str(folder), *_device(run), *_data(run)]
-    arguments += ["--model", "tiny", "--small", "--steps", "1"] if run.args.tiny else ["--model", MODEL]
+    tiny, real = ["--model", "tiny", "--small", "--steps", "1"], ["--model", MODEL, "--steps", "3"]
+    arguments += tiny if run.args.tiny else real
     run.command(run.python("profile", "benchmarks.step_profile", *arguments, rows=False), PROFILE)
     if (folder / "profile.html").exists():
         shutil.copy(folder / "profile.html", run.args.out / "profile.html")
@@ -252,14 +274,15 @@ def ahead(run: Run) -> None:
     variants(run, most=float("inf"))
 
 
-def _steps(run: Run, stage: str, contenders: Sequence[str], rounds: int, most: float, model: str = MODEL) -> Command:
-    """Whole steps. The command is given a little less than it may take, so that it ends by itself."""
+def _steps(run: Run, stage: str, contenders: Sequence[str], rounds: int, seconds: float, model: str) -> Command:
+    """Whole steps. The command is told less than it may take, so that it comes to its own end."""
     only = run.args.only
     chosen = list(contenders)
     if only is not None and "/" in only:
         chosen = [name for name in contenders if results.matches(f"{stage}/{name}", only)]
     arguments = ["--json", str(run.folder / f"{stage}.json"), "--rounds", str(rounds), "--dtype", "bfloat16"]
-    arguments += ["--limit", f"{max(1.0, 0.85 * run.seconds(most)):.0f}", "--contenders", *(chosen or contenders)]
+    limit = seconds - grace_of(seconds) - STARTING
+    arguments += ["--limit", f"{max(0.2 * seconds, limit, 1.0):.0f}", "--contenders", *(chosen or contenders)]
     if run.args.tiny:
         arguments += ["--model", "tiny"]
     else:

@@ -1,8 +1,8 @@
 """Runs stages in processes of their own, so that a crash, a hang or a lost GPU costs one test and no more.
 
-The processes of a stage write to ``results.jsonl`` themselves; whoever runs them reads along. A process that ends in
-the middle of a test, or does not end it, is noted at that test, and another takes over the rest of its share. At its
-end a stage is killed, whatever it is doing: it never takes longer than it was given.
+The processes of a stage write to ``results.jsonl`` themselves, and their parent follows the file. A test in which its
+process ends, or which does not end, is noted with that outcome, and another process takes over the rest of the share.
+When its time is over a stage is killed, whatever it is doing: it never takes longer than it was given.
 """
 
 import ctypes
@@ -26,12 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 GRACE, GRACE_SHARE = 12.0, 0.25
 # Processes that end, or do nothing, before their first test: as many are tried for a share.
 _FALSE_STARTS = 2
-# Seconds that a process may take to its first test: a cold disk reads torch's libraries slowly.
-STARTUP = 90.0
 _POLL, _REAPED = 0.1, 3.0
-# pytest's codes for: all passed, some failed, stopped by its plugin or by hand, none were left.
-_ENDED = (0, 1, 2, 5)
+# pytest's codes for: all passed, some failed, stopped, none were left.
+_ENDED, _STOPPED = (0, 1, 5), 2
 _PR_SET_PDEATHSIG = 1
+
+
+def grace_of(seconds: float) -> float:
+    """Of a stage's seconds, those at its end in which nothing new begins."""
+    return min(GRACE, GRACE_SHARE * seconds)
 
 
 def end_with_parent() -> None:
@@ -49,6 +52,8 @@ class Tests:
         workers: processes that share the tests.
         environment: variables beside the process's own; None unsets one.
         before: a program that each process runs under, with its arguments.
+        hang: seconds after which a test counts as hung.
+        startup: seconds that a process may take to its first test: a cold disk reads torch's libraries slowly.
     """
 
     __test__ = False  # it is none of pytest's
@@ -58,6 +63,8 @@ class Tests:
     workers: int = 1
     environment: Mapping[str, str | None] = field(default_factory=dict)
     before: Sequence[str] = ()
+    hang: float = 60.0
+    startup: float = 90.0
 
 
 @dataclass(frozen=True)
@@ -100,9 +107,11 @@ class Process:
     def interrupt(self) -> None:
         self._process.send_signal(signal.SIGINT)
 
-    def kill(self) -> None:
+    def kill(self, *, wait: bool = True) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        if not wait:
+            return
         with suppress(subprocess.TimeoutExpired):  # one that a driver holds ends when it lets go of it
             self._process.wait(_REAPED)
 
@@ -131,26 +140,24 @@ class Runner:
     Args:
         found: the file for results.
         log: the file for what processes print.
-        hang: seconds after which a test counts as hung.
+        hang: seconds after which a test counts as hung; None: what its stage says.
         only: the glob of ids that are run; None: all.
     """
 
-    def __init__(self, found: Path, log: Path, *, hang: float, only: str | None = None) -> None:
+    def __init__(self, found: Path, log: Path, *, hang: float | None = None, only: str | None = None) -> None:
         self.found, self.log, self.hang, self.only = found, log, hang, only
 
     def tests(self, tests: Tests, seconds: float) -> None:
         """Run a stage of tests within so many seconds."""
-        start, problems = time.time(), []
-        grace = min(GRACE, GRACE_SHARE * seconds)
-        shares = [_Share(self, tests, index, start + seconds - grace) for index in range(tests.workers)]
+        start, cut_off = time.time(), 0
+        shares = [_Share(self, tests, index, start + seconds - grace_of(seconds)) for index in range(tests.workers)]
         tail = Tail(self.found, from_end=True)
         try:
             for share in shares:
                 share.start()
             while any(share.runs for share in shares):
                 if time.time() > start + seconds:
-                    running = sum(share.runs for share in shares)
-                    problems.append(f"{running} of {tests.workers} processes were cut off after {seconds:.0f} s")
+                    cut_off = sum(share.runs for share in shares)
                     break
                 time.sleep(_POLL)
                 # Before the lines are read: what a process has written at its end is then among them.
@@ -162,9 +169,15 @@ class Runner:
                     share.look(code)
         finally:
             for share in shares:
+                share.kill(wait=False)  # all of them first: each takes its time to let go of a GPU
+            for share in shares:
                 share.kill()
-        problems += [share.problem for share in shares if share.problem]
-        self.ended(tests.stage, time.time() - start, problems, left=sum(share.left for share in shares))
+        for share in shares:
+            share.cut_off(seconds)
+        problems = [share.problem for share in shares if share.problem]
+        late = [f"{cut_off} of {tests.workers} processes were cut off after {seconds:.0f} s"] * bool(cut_off)
+        left = sum(share.left for share in shares)
+        self.ended(tests.stage, time.time() - start, problems or late, left=left, late=not problems)
 
     def command(self, command: Command, seconds: float) -> int | None:
         """Run a command within so many seconds; its exit code, or None if it was cut off."""
@@ -174,7 +187,7 @@ class Runner:
         end, interrupted = start + seconds, False
         try:
             while process.code is None and time.time() < end:
-                if time.time() > end - min(GRACE, GRACE_SHARE * seconds) and not interrupted:
+                if time.time() > end - grace_of(seconds) and not interrupted:
                     process.interrupt()
                     interrupted = True
                 time.sleep(_POLL)
@@ -188,17 +201,18 @@ class Runner:
             problems.append(f"cut off after {time.time() - start:.0f} s")
         elif code != 0:
             problems.append(f"ended with code {code}; {self.log.name} says why")
-        self.ended(command.stage, time.time() - start, problems)
+        self.ended(command.stage, time.time() - start, problems, late=code is None)
         return code
 
     def _take(self, stage: str, tail: Tail | None) -> None:
         for row in [] if tail is None else tail():
             results.append(self.found, {**row, "kind": "row", "stage": stage})
 
-    def ended(self, stage: str, seconds: float, problems: Sequence[str], left: int = 0) -> None:
-        """Note that a stage is over."""
+    def ended(self, stage: str, seconds: float, problems: Sequence[str], left: int = 0, *, late: bool = False) -> None:
+        """Note that a stage is over; ``late``: whether its problems are nothing but want of time."""
         problem = "; ".join(dict.fromkeys(problems)) or None
         line = {"kind": "stage", "stage": stage, "seconds": round(seconds, 1), "problem": problem, "left": left}
+        line["late"] = late and problem is not None
         results.append(self.found, line | {"only": self.only})
 
 
@@ -210,9 +224,9 @@ class _Share:
         self._process: Process | None = None
         self._running: dict[str, Any] | None = None
         self._since = 0.0
-        self._false_starts, self._worked, self._over = 0, False, False
+        self._false_starts, self._worked, self._over, self._stopped = 0, False, False, False
         self.problem: str | None = None
-        # Tests that were not begun for want of time.
+        # Tests that have not begun.
         self.left = 0
 
     @property
@@ -223,7 +237,8 @@ class _Share:
         command = [*self._tests.before, sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.reporter"]
         # What warns is shown and no error: libraries warn on a GPU of what no CPU shows. A step that was to be captured
         # and could not be is an error all the same.
-        command += ["-p", "no:cacheprovider", "-q", "--no-summary", "-W", "default", "-W", "error:graph=True"]
+        command += ["--continue-on-collection-errors", "-p", "no:cacheprovider", "-q", "--no-summary"]
+        command += ["-W", "default", "-W", "error:graph=True"]
         command += [f"--found={self._runner.found}", f"--stage={self._tests.stage}"]
         command += [f"--share={self._index}/{self._tests.workers}", f"--deadline={self._deadline}"]
         command += [] if self._runner.only is None else [f"--only={self._runner.only}"]
@@ -233,12 +248,15 @@ class _Share:
     def hear(self, line: Mapping[str, Any]) -> None:
         """Take in a line that the process has written."""
         match line["kind"]:
+            case "collected":
+                self.left = line["count"]
             case "begin":
                 self._running, self._worked, self._since = dict(line), True, time.time()
+                self.left -= 1
             case "result":
                 self._running = None
             case "share":
-                self._over, self.left = True, line["left"]
+                self._over, self._stopped = True, line["stopped"]
 
     @property
     def code(self) -> int | None:
@@ -249,16 +267,17 @@ class _Share:
         if self._process is None:
             return
         if code is None:
-            allowed = self._runner.hang if self._worked else STARTUP
+            hang = self._tests.hang if self._runner.hang is None else self._runner.hang
+            allowed = hang if self._worked else self._tests.startup
             if self._running is not None and time.time() - self._since > allowed:
                 self._note(HUNG, f"did not end within {allowed:.0f} s")
-            elif not self._worked and time.time() - self._since > allowed:
+            elif not self._worked and not self._over and time.time() - self._since > allowed:
                 self._false_start(f"no test began within {allowed:.0f} s")
             else:
                 return
-        elif self._over and (self._worked or code in _ENDED):
+        elif self._over and (self._worked or code in (*_ENDED, _STOPPED)):
             self._process = None
-            if code not in _ENDED:
+            if not (code in _ENDED or (code == _STOPPED and self._stopped)):
                 self.problem = f"a process came to its end with code {code}; {self._runner.log.name} says why"
             return
         elif self._running is not None:
@@ -283,7 +302,12 @@ class _Share:
         results.append(self._runner.found, item.line)
         self._running = None
 
-    def kill(self) -> None:
+    def cut_off(self, seconds: float) -> None:
+        """Note what was running when the stage's time was over: it had all of the grace to end in."""
+        if self._running is not None:
+            self._note(HUNG, f"was still running when the {seconds:.0f} s of its stage were over")
+
+    def kill(self, *, wait: bool = True) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process = None
+            self._process.kill(wait=wait)
+            self._process = self._process if not wait else None

@@ -19,11 +19,11 @@ import pytest
 from benchmarks.gpu import results
 from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Item
 
-# The exit code of a process whose CUDA context was lost.
+# The exit code of a process whose CUDA context was lost, as of ``benchmarks.step``.
 FATAL = 70
 # Of a traceback, its last characters.
 _TRACEBACK = 6000
-_DEADLINE = "time"
+OUT_OF_TIME = "time"
 # Bytes of GPU memory that a process may keep between two tests.
 _KEPT = 2**30
 
@@ -54,7 +54,7 @@ class _Reporter:
         self.path, self.stage, self.deadline = option("--found"), option("--stage"), option("--deadline")
         self.only, self.again, self.spread = option("--only"), option("--again"), option("--spread")
         self.index, self.of = map(int, option("--share").split("/"))
-        self.left = 0
+        self.stopped = False
         self._reports: list[pytest.TestReport] = []
         self._reason = ""
 
@@ -72,17 +72,24 @@ class _Reporter:
         chosen.sort(key=lambda item: not self.again and _id(item) in failed)
         # A share is of what was chosen, not of what is left: a process that takes over finds the same.
         items[:] = [item for item in chosen[self.index :: self.of] if _id(item) not in settled]
-        self.left = len(items)
+        self._tell({"kind": "collected", "count": len(items)})
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A file that cannot be imported is a failure of its own, told by one process of its stage."""
+        if report.failed and self.index == 0 and results.matches(report.nodeid, self.only):
+            lines = [line for line in str(report.longrepr).splitlines() if line.startswith("E ")]
+            reason = results.brief(lines[-1].removeprefix("E ") if lines else "it could not be collected")
+            item = Item(report.nodeid, self.stage, FAILED, 0.0, reason, str(report.longrepr)[-_TRACEBACK:])
+            results.append(self.path, item.line)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         if self.deadline is not None and time.time() > self.deadline:
-            item.session.shouldstop = _DEADLINE
+            item.session.shouldstop = OUT_OF_TIME
+            self.stopped = True
             return True
-        self.left -= 1
         self._reports, self._reason = [], ""
-        begin = {"kind": "begin", "stage": self.stage, "id": _id(item), "share": self.index, "time": time.time()}
-        results.append(self.path, begin)
+        self._tell({"kind": "begin", "id": _id(item)})
         return None
 
     @pytest.hookimpl(hookwrapper=True)
@@ -92,7 +99,7 @@ class _Reporter:
         self._reports.append(report)
         if report.failed and call.excinfo is not None and not self._reason:
             self._reason = results.brief(call.excinfo.exconly())
-        lost = report.failed and "CUDA error" in str(report.longrepr) and _context_is_lost()
+        lost = report.failed and _context_is_lost()
         if call.when == "teardown" or lost:
             results.append(self.path, self._item(item).line | {"share": self.index})
         if lost:
@@ -112,9 +119,10 @@ class _Reporter:
         return Item(_id(item), self.stage, outcome, seconds, reason, traceback, dict(item.user_properties))
 
     def pytest_sessionfinish(self) -> None:
-        results.append(
-            self.path, {"kind": "share", "stage": self.stage, "share": self.index, "of": self.of, "left": self.left}
-        )
+        self._tell({"kind": "share", "stopped": self.stopped})
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        results.append(self.path, line | {"stage": self.stage, "share": self.index})
 
 
 def _id(item: pytest.Item) -> str:
@@ -127,18 +135,27 @@ def _spread(items: list[pytest.Item]) -> list[pytest.Item]:
     seen: Counter[tuple[str, str]] = Counter()
     turns = {}
     for item in items:
-        name, _, parameters = _id(item).partition("[")
-        op = getattr(item, "callspec", None) and item.callspec.params.get("op")  # type: ignore[attr-defined]
-        key = name, getattr(op, "name", "") or parameters.partition("-")[0] * (op is not None)
+        name = _id(item).partition("[")[0]
+        key = name, _op(item)
         turns[_id(item)] = seen[key]
         seen[key] += 1
     return sorted(items, key=lambda item: turns[_id(item)])
 
 
+def _op(item: pytest.Item) -> str:
+    """The op that a test is of; empty if of none."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    op = parameters.get("op") or getattr(parameters.get("case"), "subject", None)
+    return getattr(op, "op", None) or getattr(op, "name", "")
+
+
 def _context_is_lost() -> bool:
-    """Whether the GPU still answers this process."""
+    """Whether this process has used the GPU, and it answers no more."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
     try:
-        sys.modules["torch"].cuda.synchronize()
+        torch.cuda.synchronize()
     except Exception:  # of whatever type: it does not
         return True
     return False

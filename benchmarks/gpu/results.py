@@ -3,11 +3,12 @@
 ``results.jsonl`` holds JSON objects, told apart by ``kind``:
 
 - ``run``: where it runs, what it was called with; the first line of each run;
-- ``stage``: a stage has ended, after how many seconds, with which problem if it had one, how many of its tests were
-  left out for want of time, and to which of them ``only`` held it;
+- ``stage``: a stage has ended, after how many seconds, with which problem if it had one (``late`` if that is nothing
+  but want of time), how many of its tests were left out, and to which of them ``only`` held it;
 - ``begin`` and ``result``: an item, which is one test, has begun, and how it ended (:class:`Item`);
 - ``row``: a measurement; its ``stage`` says of what;
-- ``share``: one of a stage's processes has come to its end, and what it has left out for want of time.
+- ``collected``, ``share``: how many items one of a stage's processes has before it; it has come to its end, ``stopped``
+  for want of time or not.
 
 Lines that a resumed run has from an earlier one carry ``"earlier": true``.
 """
@@ -99,7 +100,7 @@ def settled(lines: Iterable[Mapping[str, Any]]) -> set[str]:
     result = set()
     for line in lines:
         if line["kind"] in ("begin", "result"):
-            is_right = line["kind"] == "result" and line["outcome"] in (PASSED, SKIPPED)
+            is_right = line["kind"] == "result" and line["outcome"] == PASSED
             if not line.get("earlier") or is_right:
                 result.add(line["id"])
     return result
@@ -115,17 +116,29 @@ def rows(lines: Iterable[Mapping[str, Any]], stage: str) -> list[Line]:
     return [dict(line) for line in lines if line["kind"] == "row" and line["stage"] == stage]
 
 
-def carried_over(lines: Iterable[Mapping[str, Any]], part: str) -> list[Line]:
-    """What a run of a part takes over from an earlier run.
+# What has to be the same of two runs for one to hold the measurements of the other.
+_GROUND = ("device", "torch", "triton", "commit")
 
-    Its items; of the same part the measurements too, and which stages came to their end.
+
+def carried_over(lines: Iterable[Mapping[str, Any]], begun: Mapping[str, Any]) -> list[Line]:
+    """What a run takes over from an earlier one.
+
+    Which items were right and which were wrong, and the digests of steps, to compare with. Of the same part, on the
+    same device and code, the measurements too, and which stages came to their end.
+
+    Args:
+        begun: the first line of the run.
     """
     lines = list(lines)
-    same = [line["part"] for line in lines if line["kind"] == "run"][-1:] == [part]
+    before = next((line for line in lines if line["kind"] == "run"), None)
+    same = before is not None and before["part"] == begun["part"]
+    same = same and all(before["environment"][key] == begun["environment"][key] for key in _GROUND)  # type: ignore[index]
 
     def wanted(line: Mapping[str, Any]) -> bool:
+        if line["kind"] == "result":
+            return same or "seconds" not in line["values"]
         ended = line["kind"] == "stage" and not (line["problem"] or line["left"] or line.get("only"))
-        return line["kind"] == "result" or (same and (ended or line["kind"] == "row"))
+        return "digest" in line or (same and (ended or line["kind"] == "row"))
 
     return [{**line, "earlier": True} for line in lines if wanted(line)]
 

@@ -1,5 +1,6 @@
 """What a run has found, as text to mend from: ``table.txt``, short enough to be read whole, and ``tracebacks.txt``."""
 
+import enum
 import re
 import shlex
 from collections import Counter, defaultdict
@@ -18,7 +19,6 @@ NAME, TRACEBACKS = "table.txt", "tracebacks.txt"
 MOST = 9900
 # Failures told of one by one; of the same error, and in all.
 _ALIKE, _TOLD = 4, 24
-GOAL = 1e-2
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -27,7 +27,7 @@ def write(out: Path, repeat: str) -> str:
     """Write table and tracebacks of what a run's folder holds; returns the table.
 
     Args:
-        repeat: the command that repeats one item, but for the item's id at its end.
+        repeat: options of the command that repeats one item, beside its part and the item's id.
     """
     lines = results.read(out / results.NAME)
     text = table(lines, repeat)
@@ -36,10 +36,28 @@ def write(out: Path, repeat: str) -> str:
     return text
 
 
-def succeeded(lines: Lines) -> bool:
-    """Whether everything was right, and nothing was left out."""
+class Verdict(enum.Enum):
+    """What a run amounts to, and its exit code."""
+
+    RIGHT = "ALL WAS TRIED AND RIGHT", 0
+    WRONG = "SOMETHING IS WRONG", 1
+    NOTHING = "NOTHING WAS TRIED", 2
+    LATE = "NOTHING WRONG WAS FOUND; NOT ALL WAS TRIED", 3
+
+    @property
+    def code(self) -> int:
+        return self.value[1]
+
+
+def verdict(lines: Lines) -> Verdict:
+    """What this run has found; what an earlier one found right or wrong counts as well."""
     stages = [line for line in lines if line["kind"] == "stage" and not line.get("earlier")]
-    return not results.wrong(lines) and not any(line["problem"] or line["left"] for line in stages)
+    if results.wrong(lines) or any(line["problem"] and not line["late"] for line in stages):
+        return Verdict.WRONG
+    if any(line["problem"] or line["left"] for line in stages):
+        return Verdict.LATE
+    tried = any(line["kind"] in ("result", "row") for line in lines)
+    return Verdict.RIGHT if tried else Verdict.NOTHING
 
 
 class Problem(NamedTuple):
@@ -122,9 +140,8 @@ def _head(lines: Lines) -> list[str]:
         return ["nothing was found"]
     e = run["environment"]
     versions = ", ".join(f"{name} {e[name]}" for name in ("torch", "triton", "transformers", "peft"))
-    verdict = "ALL THAT WAS TRIED IS RIGHT" if succeeded(lines) else "NOT ALL IS RIGHT"
     used = sum(line["seconds"] for line in lines if line["kind"] == "stage" and not line.get("earlier"))
-    head = [f"{run['part']} on {e['device']}: {verdict} ({used:.0f} s of {run['limit']:.0f})"]
+    head = [f"{run['part']} on {e['device']}: {verdict(lines).value[0]} ({used:.0f} s of {run['limit']:.0f})"]
     head += [f"{versions}, python {e['python']}, commit {e['commit']}"]
     return head + (["tiny: this shows that the command runs; nothing was measured"] if run["tiny"] else [])
 
@@ -139,7 +156,8 @@ def _stages(lines: Lines, items: Sequence[Item]) -> list[str]:
         found = counts[line["stage"]]
         told = [f"{found[o]} {o}" for o in (PASSED, FAILED, DIED, HUNG, SKIPPED) if found[o]]
         told += [f"{line['left']} left out for want of time"] if line["left"] else []
-        told += [f"PROBLEM: {line['problem']}"] if line["problem"] else []
+        told += [f"PROBLEM: {line['problem']}"] if line["problem"] and not line["late"] else []
+        told += [line["problem"]] if line["problem"] and line["late"] else []
         told += ["in an earlier run"] if line.get("earlier") else []
         text.append(f"{line['stage']:10} {line['seconds']:6.1f} s  {', '.join(told)}")
     skipped = Counter(item.reason for item in items if item.outcome == SKIPPED and not item.earlier)
@@ -161,7 +179,8 @@ def _failures(items: Sequence[Item], repeat: str) -> list[str]:
             told += 1
         if len(group) > _ALIKE:
             text.append(f"    ... and {len(group) - _ALIKE} more: {TRACEBACKS} has their ids")
-        text.append(f"    {repeat} {shlex.quote(first.id)}")
+        part = "time" if first.stage == "ops" else "check"
+        text.append(f"    python -m benchmarks.gpu --part {part} {repeat} --only {shlex.quote(first.id)}")
     return text
 
 
@@ -184,24 +203,43 @@ def _errors(items: Sequence[Item]) -> list[str]:
 
 
 def _steps(lines: Lines) -> list[str]:
-    """Whole steps: the last word on each contender and kind of rows."""
-    found: dict[tuple, Mapping[str, Any]] = {}
-    text = []
+    """Whole steps: of each contender and kind of rows what is known by the most rounds, and of those the last word."""
+    run = next((line for line in lines if line["kind"] == "run"), None)
     facts = [fact for stage in ("step", "float8", "small") for fact in results.rows(lines, stage)]
+    found: dict[tuple, Mapping[str, Any]] = {}
     for row in facts:
-        if "contender" in row and "ms" in row:
-            found[row["stage"], row["padding"], row["contender"]] = row
-        elif "contender" in row:
-            text.append(f"step: {row['contender']}: {row.get('reason', '')}"[:200])
-    steps = [
-        f"{stage:7}{kind:6}{name:25}{row['ms']:9.1f} ms  floor {row['floor_ms']:7.1f}  "
+        key = tuple(row.get(name) for name in ("stage", "dtype", "padding", "contender"))
+        if "ms" in row and not (key in found and found[key]["rounds"] > row["rounds"]):
+            found[key] = row
+    text = [
+        f"{row['stage']:7}{row['padding']:6}{row['contender']:25}{row['ms']:9.1f} ms  floor {row['floor_ms']:7.1f}  "
         f"{row['tflops_per_s']:6.1f} TFLOP/s{_times(row)}  {row['peak_memory'] / 2**30:5.1f} GiB  "
         f"{_count(row)}  {row['rounds']} rounds"
-        for (stage, kind, name), row in found.items()
+        for row in found.values()
     ]
-    targets = {row["target"]: row for row in facts if "target" in row and row["stage"] == "step"}
-    digests = [f"digest {row['digest']['dtype']}: {row['digest']['first']}" for row in facts if "digest" in row]
-    return [*steps, *text, *_measured(step_targets.lines(targets.values())), *digests]
+    timed = {(row["stage"], row["contender"]) for row in found.values()}
+    for row in facts:
+        if "reason" in row and (row["stage"], row["contender"]) not in timed:
+            text.append(f"{row['stage']}: {row['contender']}: {row['reason']}")
+    digests = [row["digest"] for row in facts if "digest" in row]
+    if run is not None and found:
+        rows = [dict(row) for row in found.values() if row["stage"] == "step"]
+        model = next((row["model"] for row in facts if "model" in row), "")
+        # From the rows, so that a run that was cut off has its verdicts too.
+        targets = step_targets.verdicts(rows, digests, run["environment"]["device"], model)
+        text += _measured(step_targets.lines(targets))
+    return [*dict.fromkeys(text), *_digests(digests)]
+
+
+def _digests(digests: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whether the bits of the same steps are the same in all runs that are told of here."""
+    text = []
+    for dtype, layers in dict.fromkeys((digest["dtype"], digest["layers"]) for digest in digests):
+        alike = [d for d in digests if (d["dtype"], d["layers"]) == (dtype, layers)]
+        seen = dict.fromkeys(value for digest in alike for value in (digest["first"], digest["again"]))
+        said = "the same" if len(seen) == 1 else "DIFFERENT"
+        text.append(f"digest {dtype}, {layers} layers: {said} in {len(alike)} runs: {', '.join(x[:16] for x in seen)}")
+    return text
 
 
 def _measured(verdicts: Sequence[str]) -> list[str]:

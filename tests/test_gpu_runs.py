@@ -241,6 +241,14 @@ def test_limits_hold_on_a_slow_machine(part: str, limit: float | None, tmp_path:
         assert least["smoke" if part == "check" else "step"] >= 60
 
 
+@pytest.mark.parametrize(("limit", "most"), [(260.0, 260.0), (750.0, 400.0), (3600.0, 3600.0)])
+def test_check_leaves_time_for_the_other_command(limit: float, most: float, tmp_path: Path) -> None:
+    """With what is left of a quarter of an hour as its limit, too, though everything takes as long as it may."""
+    run, runner = a_run("check", limit, tmp_path)
+    parts.PARTS["check"](run)
+    assert runner.now <= most
+
+
 def test_time_repeats_nothing_where_nothing_failed(tmp_path: Path) -> None:
     results.append(tmp_path / results.NAME, Item("a", "smoke", "passed").line | {"earlier": True})
     run, runner = a_run("time", 330.0, tmp_path)

@@ -23,7 +23,7 @@ from sap_fast.ops._cases import every_op
 LIMITS = {"check": 260.0, "time": 330.0, "ahead": 1800.0}
 WORKERS = 16
 # The most that a stage may take; what a part has beyond its default goes to the tests, and to the whole steps.
-COMPILING, SMOKE, STEPS = 35.0, 70.0, 65.0
+COMPILING, SMOKE, TESTS, STEPS = 35.0, 70.0, 200.0, 65.0
 AGAIN, CEILINGS, FIDELITY, OPS, PROFILE, FLOAT8_STEPS = 40.0, 20.0, 40.0, 45.0, 40.0, 30.0
 # What a command needs to its start, and after the end of what it was told.
 STARTING = 12.0
@@ -201,7 +201,9 @@ def check(run: Run) -> None:
     smoke = (SMOKE_FILE, *map(str, args.also), f"--size={run.size}")
     run.tests(Tests("smoke", (*smoke, "--spread"), args.workers, run.environment, hang=25.0), SMOKE, keep=30.0)
     tests = TINY_TESTS if args.tiny else (*DEVICE_TESTS, "-m", "gpu", "-k", LEFT_OUT)
-    run.tests(Tests("tests", (*tests, "--spread"), args.workers, run.environment), float("inf"), keep=STEPS)
+    # However much time there is, of a quarter of an hour ``time`` must have its part, too.
+    most = max(TESTS, args.limit - 2 * LIMITS["time"])
+    run.tests(Tests("tests", (*tests, "--spread"), args.workers, run.environment), most, keep=STEPS)
     run.steps("step", TINY_CONTENDERS[1::2] if args.tiny else CHECKED, rounds=2, most=STEPS)
     return None
 

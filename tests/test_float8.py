@@ -68,7 +68,7 @@ def test_rounding_widens(dtype: torch.dtype) -> None:
 
 
 def test_torchs_product_is_the_emulated_one(device: str) -> None:
-    """Products of e4m3 are exact in float32, so only the order of sums differs, and with it roundings to bfloat16."""
+    """Products of e4m3 are exact in float32; sums, and with them roundings to bfloat16, differ."""
     if device == "cuda" and not HOPPER:
         pytest.skip("needs an NVIDIA GPU of compute capability 9.0 or newer")
     x, weight = torch.randn(37, 64, device=device), torch.randn(48, 64, device=device)
@@ -79,9 +79,11 @@ def test_torchs_product_is_the_emulated_one(device: str) -> None:
             out = torch.empty(2, 37, 48, dtype=torch.bfloat16, device=device)
             product(rounded(x), rounded(matrix), out[1], emulated=emulated)
             outs.append(out[1].float())
-        # One unit in the last place of bfloat16; where terms cancel, of what float32 leaves of their size.
+        # One unit in the last place of bfloat16; where terms cancel, of what their sum leaves of their size: on a CPU
+        # float32's roundings, while Hopper's tensor cores keep 14 bits of the largest term they add to others.
         terms = x.abs() @ matrix.abs().t()
-        assert ((outs[0] - outs[1]).abs() <= 2**-7 * outs[1].abs() + 2**-18 * terms).all()
+        left = ((outs[0] - outs[1]).abs() - 2**-7 * outs[1].abs()) / terms
+        assert float(left.max()) <= (2**-13 if device == "cuda" else 2**-18)
 
 
 def targets(dtype: torch.dtype, *, float8: bool, pair: bool, device: str = "cpu") -> list[LoRATarget]:

@@ -97,8 +97,11 @@ def test_rows_past_2_to_the_31_elements(call: Callable[[Tensor], Tensor]) -> Non
 
 
 def test_memory_of_attention_is_linear_in_the_sequence() -> None:
-    """Forward and backward of one sequence of 2k, 4k and 8k tokens; a T x T matrix would quadruple each time."""
-    peaks = []
+    """Forward and backward of one sequence, in tensors of q's size: 18 on an H200, whatever the length.
+
+    Inputs and cotangents that are stacked (8), results (2) and gradients (6) make 16. One T x T matrix of each head
+    would be 16 of 2k tokens, and 64 of 8k.
+    """
     for length in (2048, 4096, 8192):
         lengths = torch.tensor([0, length], dtype=torch.int32, device="cuda")
         shape = (length, 8, 128)
@@ -108,6 +111,6 @@ def test_memory_of_attention_is_linear_in_the_sequence() -> None:
         torch.cuda.reset_peak_memory_stats()
         o, o_dot = attention(*qkv, lengths, max_seqlen=length, scale=128**-0.5)
         torch.autograd.grad([o, o_dot], qkv, [torch.ones_like(o), torch.ones_like(o)])
-        peaks.append(torch.cuda.max_memory_allocated() - before)
+        tensors = (torch.cuda.max_memory_allocated() - before) / (qkv[0].numel() * qkv[0].element_size())
+        assert tensors <= 20, (length, tensors)
         del o, o_dot, qkv
-    assert peaks[1] <= 2.1 * peaks[0] and peaks[2] <= 2.1 * peaks[1], peaks

@@ -98,7 +98,7 @@ def launches(layers: int) -> tuple[int, int]:
 
 
 def test_a_replay_is_one_launch_whatever_the_depth() -> None:
-    (graphs, few), (graphs_deep, many) = launches(2), launches(10)
+    (graphs, few), (graphs_deep, many) = launches(4), launches(12)
     assert graphs == graphs_deep == 1
     # Packing, copies into buffers and out of them, which do not depend on the depth; and the copies of gradients, of
     # which torch launches some dozens at once.

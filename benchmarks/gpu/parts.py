@@ -24,7 +24,7 @@ LIMITS = {"check": 260.0, "time": 330.0, "ahead": 1800.0}
 WORKERS = 16
 # The most that a stage may take; what a part has beyond its default goes to the tests, and to the whole steps.
 COMPILING, SMOKE, TESTS, STEPS = 35.0, 70.0, 200.0, 65.0
-AGAIN, CEILINGS, FIDELITY, OPS, PROFILE, FLOAT8_STEPS = 40.0, 20.0, 40.0, 45.0, 40.0, 30.0
+AGAIN, CEILINGS, FIDELITY, OPS, PROFILE, FLOAT8_STEPS = 55.0, 20.0, 40.0, 45.0, 40.0, 30.0
 # What a command needs to its start, and after the end of what it was told.
 STARTING = 12.0
 # With less, no stage begins: its processes would hardly have started.
@@ -199,7 +199,7 @@ def check(run: Run) -> None:
         return sanitize(run)
     variants(run, most=COMPILING, keep=60.0)
     smoke = (SMOKE_FILE, *map(str, args.also), f"--size={run.size}")
-    run.tests(Tests("smoke", (*smoke, "--spread"), args.workers, run.environment, hang=25.0), SMOKE, keep=30.0)
+    run.tests(Tests("smoke", (*smoke, "--spread"), args.workers, run.environment, hang=45.0), SMOKE, keep=30.0)
     tests = TINY_TESTS if args.tiny else (*DEVICE_TESTS, "-m", "gpu", "-k", LEFT_OUT)
     # However much time there is, of a quarter of an hour ``time`` must have its part, too.
     most = max(TESTS, args.limit - 2 * LIMITS["time"])
@@ -237,7 +237,7 @@ def time_(run: Run) -> None:
     wrong = results.wrong(results.read(run.runner.found))
     if failed := [id for id in wrong if Path(id.partition("::")[0]).name in known]:
         arguments, workers = (*files, f"--size={run.size}", "--again"), min(args.workers, len(failed))
-        run.tests(Tests("again", arguments, workers, run.environment, hang=20.0), AGAIN)
+        run.tests(Tests("again", arguments, workers, run.environment, hang=40.0), AGAIN)
     run.command(run.python("ceilings", "benchmarks.gpu.ceilings", *_device(run)), CEILINGS)
     # By default they get some 150 s; of less time, most of it.
     left = run.seconds(float("inf"))

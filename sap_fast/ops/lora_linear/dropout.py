@@ -4,6 +4,7 @@ Both halves of a pair, the backward, a recomputed checkpoint, the outer pass of 
 therefore see the same mask without storing it, and the seed may stay on the device.
 """
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -15,6 +16,14 @@ def _mix(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
     return x ^ (x >> 16)
+
+
+def kept_factor(p: float) -> float:
+    """What a kept element is multiplied by, ``1 / (1 - p)``, in float32: one number on every device.
+
+    A GPU would divide a tensor by a number by multiplying with its rounded reciprocal, another number at p = 0.999.
+    """
+    return float(numpy.float32(1) / numpy.float32(1.0 - p))
 
 
 def dropout_mask(seed: Tensor, salt: int, rows: int, width: int, p: float) -> Tensor:
@@ -33,4 +42,4 @@ def dropout_mask(seed: Tensor, salt: int, rows: int, width: int, p: float) -> Te
     row = _mix((torch.arange(rows, device=seed.device) + key) & _WORD)
     column = torch.arange(width, device=seed.device) * 0x9E3779B9 & _WORD
     word = _mix(row[:, None] ^ column)
-    return (word >= round(p * 2**32)).to(torch.float32) / (1.0 - p)
+    return (word >= round(p * 2**32)).to(torch.float32) * kept_factor(p)

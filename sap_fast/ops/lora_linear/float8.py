@@ -84,7 +84,7 @@ def product(x: Float8Matrix, weight: Float8Matrix, out: Tensor, *, emulated: boo
 
 def _scaled(x: Float8Matrix, weight: Float8Matrix, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     operands = x.values, weight.values.t(), x.scale, weight.scale.t()
-    # Sums in full float32, as emulated: Hopper's fast ones keep 14 bits.
+    # A tile's sums go on in float32 from one block of k to the next; what is added within one keeps 14 bits on Hopper.
     return torch._scaled_mm(*operands, out_dtype=dtype, use_fast_accum=False, out=out)
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from sap_fast.ops._library import architecture
 from sap_fast.ops._triton import Config, config, empty, launch, power_of_2, rows_of
+from sap_fast.ops.lora_linear.dropout import kept_factor
 from sap_fast.ops.lora_linear.products import Plan, Side, down_kernel, marked, outer_kernel, sum_kernel, up_kernel
 
 
@@ -96,7 +97,7 @@ def _adapters(
 def dropout_constants(p: float) -> tuple[int, float]:
     """The largest word of the mask that is dropped, and the factor of what is kept, rounded as by ``dropout_mask``."""
     limit = round(p * 2**32) - 1
-    return limit, float(torch.ones((), device="cpu") / (1.0 - p)) if limit >= 0 else 1.0
+    return limit, kept_factor(p) if limit >= 0 else 1.0
 
 
 def _side(

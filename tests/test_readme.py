@@ -151,3 +151,12 @@ def test_the_demonstration_is_the_recorded_run() -> None:
     assert start["prefers_refusal"] >= 0.9
     assert start["look_alikes_answered"] >= 0.8
     assert all(line in text for line in run["verdict"].splitlines())
+
+
+def test_the_steps_on_a_gpu_are_those_of_the_recorded_run() -> None:
+    text = README.read_text(encoding="utf-8")
+    (name,) = re.findall(r"`benchmarks/results/(step-h200-\d[\w.-]+\.json)`", text)
+    for row in json.loads((RESULTS / name).read_text())["rows"]:
+        ratios = [f"{row['ratio_to_plain_sft']:.2f}", f"{row['ratio_to_published_tidy']:.2f}"]
+        cells = [f"{row['ms']:.0f}", *ratios, f"{row['peak_memory'] / 2**30:.2f} GiB", f"{row['ms_over_floor']:.2f}"]
+        assert "| " + " | ".join(cells) + " |" in text.replace("**", "")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu --json result.json [-k EXPRESSION]
 
-Runs ``bench_cpu_ops.py`` under pytest-benchmark: every op's C++ kernels, the reference rules they replace, and the
+Runs ``ops/bench_cpu.py`` under pytest-benchmark: every op's C++ kernels, the reference rules they replace, and the
 pair's formula in plain PyTorch, in both orders, each found right before it is timed. Exit code 1 if one was wrong; a
 missed target is printed, and is no failure.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import models
+from benchmarks.common import record
 from benchmarks.gpu import results
 from benchmarks.gpu.ops_table import parameter
 from benchmarks.gpu.processes import Runner, Tests
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         report = folder / "benchmark.json"
-        arguments = ["benchmarks/bench_cpu_ops.py", f"--benchmark-json={report}", "-k", args.only]
+        arguments = ["benchmarks/ops/bench_cpu.py", f"--benchmark-json={report}", "-k", args.only]
         runner = Runner(folder / "found.jsonl", folder / "log.txt", hang=LIMIT)
         runner.tests(Tests("ops", arguments), LIMIT)
         written = report.exists() and report.stat().st_size > 0
@@ -54,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     found, items = targets(table), results.items(told)
     stage = next(line for line in told if line["kind"] == "stage")
     failures = [{"test": item.id, "reason": item.reason} for item in items if item.outcome in results.WRONG]
-    result = {"environment": models.environment(), "kernels": _C.status, "seconds": stage["seconds"]}
+    result = {"environment": record.environment(), "kernels": _C.status, "seconds": stage["seconds"]}
     result |= {"problem": stage["problem"], **Counter(item.outcome for item in items), "dropped": stage["left"]}
     result |= {"targets": found, "rows": table, "failures": failures}
-    models.write(args.json, result)
+    record.write(args.json, result)
     print("\n".join([*lines(table), *(f"{t['verdict']:6} {t['target']}: {t['value']:.2f}" for t in found)]))
     print("\n".join(f"FAILED {failure['test']}: {failure['reason']}" for failure in failures))
     return 0 if table and not (failures or stage["problem"] or stage["left"]) else 1

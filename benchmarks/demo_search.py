@@ -21,13 +21,13 @@ import torch
 
 from sap_fast.cli.comparison import Point, Settings, at_equal_loss, fine_tune, point
 from sap_fast.cli.demo import MAX_LENGTH
-from sap_fast.cli.environment import environment
 from sap_fast.cli.models import load_model, load_tokenizer, quiet
 from sap_fast.cli.output import write_json
 from sap_fast.cli.train import Data
 from sap_fast.config import SAPConfig
 from sap_fast.data import benign_examples, encode_pairs, encode_tasks, safety_pairs
 from sap_fast.data.alignment import aligned_smollm2
+from sap_fast.environment import environment
 from sap_fast.evaluation.measure import embedded_suite, measure
 
 STEPS, SEED, EVERY, BATCH, PAIRS = 25, 1, 5, 4, 4

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import sap_fast
-from benchmarks import models
-from benchmarks.published_parts import trained
+from benchmarks.common import models, record
+from benchmarks.published.parts import trained
 from sap_fast import SAP, SAPConfig
 
 STEPS = 10
@@ -97,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(" ".join(f"{row[key]:<30}" for key in row), rows[-1]["digest"] or rows[-1]["problem"], flush=True)
     if args.json:
         seconds = round(time.perf_counter() - start, 1)
-        result = {"environment": models.environment(args.device), "steps": STEPS, "seconds": seconds, "rows": rows}
-        models.write(args.json, result)
+        result = {"environment": record.environment(args.device), "steps": STEPS, "seconds": seconds, "rows": rows}
+        record.write(args.json, result)
     if not args.against:
         return 0
     changed = compared(json.loads(args.against.read_text(encoding="utf-8"))["rows"], rows)

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sap_fast
-from benchmarks import models
-from benchmarks.published_parts import (
+from benchmarks.common import models, record
+from benchmarks.published.parts import (
     finite_differences,
     gradients,
     harmful_direction,
@@ -42,12 +42,13 @@ from benchmarks.published_parts import (
     task_loss,
     trained,
 )
-from sap_fast import SAPConfig, passes
-from sap_fast.batch import pack
-from sap_fast.convert import read_decoder
+from sap_fast import SAPConfig
+from sap_fast.batch.rows import pack
 from sap_fast.data import collate, collate_pairs, safety_pairs
-from sap_fast.flat import Flat
-from sap_fast.probe import Probe
+from sap_fast.method import passes
+from sap_fast.method.flat import Flat
+from sap_fast.method.probe import Probe
+from sap_fast.model.read import read_decoder
 
 # The least cosine with the float64 derivative, by precision of the dual pass.
 BOUNDS = {"float32": 0.99999, "bfloat16": 0.995}
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     rows: list[Row] = []
     result = {
-        "environment": models.environment(args.device),
+        "environment": record.environment(args.device),
         "settings": {
             "sequences": SEQUENCES,
             "pairs": PAIRS,
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.jsonl is not None:
                 with args.jsonl.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(row) + "\n")
-        models.write(args.json, result)  # a later model may fail
+        record.write(args.json, result)  # a later model may fail
     missed = [row for row in rows if misses(row)]
     for row in missed:
         print(f"MISSED its bound: {_line(row)}")

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.compiled import Compiled, compiling, launched_for
-from benchmarks.contenders import PASSES, Recorder
+from benchmarks.common.compiled import Compiled, compiling, launched_for
+from benchmarks.common.record import ROOT
 from benchmarks.gpu.cases import LENGTH, smallest
 from benchmarks.gpu.subjects import MANY, Subject, op_named, posed
-from benchmarks.models import ROOT
+from benchmarks.ops.contenders import PASSES, Recorder
 from sap_fast.ops._cases import Problem, every_op, run
 from sap_fast.ops._library import launcher
 

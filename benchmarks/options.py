@@ -31,14 +31,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import models
-from benchmarks.published_parts import trained
+from benchmarks.common import models, record
+from benchmarks.published.parts import trained
 from sap_fast import SAPConfig
 from sap_fast.data import Example, Pair, collate, collate_pairs, safety_pairs
-from sap_fast.direction import Direction
-from sap_fast.flat import Flat
-from sap_fast.passes import Gradients
-from sap_fast.probe import Probe
+from sap_fast.method.direction import Direction
+from sap_fast.method.flat import Flat
+from sap_fast.method.passes import Gradients
+from sap_fast.method.probe import Probe
 from sap_fast.step import SAP
 
 Batch = Mapping[str, Tensor]
@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = summarised(rows)
     settings = {"model": args.model, "dtype": "float32", "steps": args.steps, "looks": args.looks}
     settings |= {"sequences": SEQUENCES, "pairs": PAIRS, "learning_rate": LEARNING_RATE}
-    result = {"environment": models.environment(args.device), "settings": settings}
-    models.write(args.json, result | {"summary": summary, "rows": rows})
+    result = {"environment": record.environment(args.device), "settings": settings}
+    record.write(args.json, result | {"summary": summary, "rows": rows})
     print("\n".join(lines(rows, summary)))
     return 0
 

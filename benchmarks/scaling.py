@@ -28,20 +28,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import models
-from benchmarks.ceiling import Ceiling
-from benchmarks.line_chart import Panel, figure
-from benchmarks.scaling_points import AXES, FULL, SMALL, Point, contenders, points, random_rows
-from benchmarks.step import BASES, CHECKED_LAYERS, LARGE, base_of, wake
-from benchmarks.step_check import Exact, check
-from benchmarks.step_contenders import Contender
-from benchmarks.step_counts import Allocations, weights_of
-from benchmarks.step_rounds import Rounds
-from benchmarks.step_rows import PUBLISHED
-from benchmarks.step_rows import SMALL as SMALL_ROWS
-from benchmarks.step_run import Run
-from benchmarks.step_suite import DTYPES, Row
-from benchmarks.step_work import contender_floor
+from benchmarks.common import models, record
+from benchmarks.common.ceiling import Ceiling
+from benchmarks.common.line_chart import Panel, figure
+from benchmarks.step.bases import BASES, CHECKED_LAYERS, LARGE, base_of, wake
+from benchmarks.step.batches import PUBLISHED
+from benchmarks.step.batches import SMALL as SMALL_ROWS
+from benchmarks.step.check import Exact, check
+from benchmarks.step.contenders import Contender
+from benchmarks.step.counts import Allocations, weights_of
+from benchmarks.step.own_floor import contender_floor
+from benchmarks.step.rounds import Rounds
+from benchmarks.step.run import Run
+from benchmarks.step.scaling_points import AXES, FULL, SMALL, Point, contenders, points, random_rows
+from benchmarks.step.suite import DTYPES, Row
 
 ROUNDS = {"cpu": 3, "cuda": 10}
 # Sequences, tokens of each, and pairs, of the rows that a contender is found right on.
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = Bench(base, args.device, args.dtype, rounds, (shapes.pairs, shapes.pair_length), args.model in LARGE)
     settings = {"model": args.model, "rounds": rounds, "ranges": vars(ranges), "axes": args.axes, "optimizer": "none"}
     settings |= {"pairs": shapes.pairs, "pair_length": shapes.pair_length, "lora": "r = 8"}
-    result: dict[str, Any] = {"environment": models.environment(args.device), "settings": settings, "seconds": None}
+    result: dict[str, Any] = {"environment": record.environment(args.device), "settings": settings, "seconds": None}
     result |= {"refused": bench.refused, "rows": []}
     print(HEADINGS)
     for axis in args.axes:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result["rows"].append({"axis": axis, **row})
                 print(line(result["rows"][-1]), flush=True)
             result["seconds"] = round(time.perf_counter() - start, 1)
-            models.write(args.json, result)  # later points may fail
+            record.write(args.json, result)  # later points may fail
         plot = args.json.with_name(f"{args.json.stem}-{axis}.svg")
         plot.write_text(drawing([row for row in result["rows"] if row["axis"] == axis], axis), encoding="utf-8")
     for entry in bench.refused:

@@ -30,17 +30,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import models
+from benchmarks.common import models, record
 from benchmarks.fidelity import agreement, in_bfloat16
-from benchmarks.published_parts import finite_differences, margins, task_loss, trained
-from sap_fast import SAPConfig, passes
-from sap_fast.batch import Rows, pack, pack_pairs
-from sap_fast.convert import read_decoder
+from benchmarks.published.parts import finite_differences, margins, task_loss, trained
+from sap_fast import SAPConfig
+from sap_fast.batch.rows import Rows, pack, pack_pairs
 from sap_fast.data import Example, Pair, collate, collate_pairs, safety_pairs
-from sap_fast.decoder import Decoder
-from sap_fast.direction import harmful_direction
-from sap_fast.flat import Flat
-from sap_fast.probe import Probe
+from sap_fast.method import passes
+from sap_fast.method.direction import harmful_direction
+from sap_fast.method.flat import Flat
+from sap_fast.method.probe import Probe
+from sap_fast.model.decoder import Decoder
+from sap_fast.model.read import read_decoder
 
 NORMALISED = (0.3, 1.0)
 SIGNS = (0.001, 0.003, 0.01, 0.03)
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = measure(decoder, here, there, published, args.seeds)
     slope, loss = float(here.exact.loss_dot), float(here.exact.loss)
     result = {
-        "environment": models.environment(args.device),
+        "environment": record.environment(args.device),
         "settings": {
             "model": "tiny" if args.tiny else "smollm2",
             "alignment_steps": steps,
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"without a probe: {result['without']}")
     for row in rows:
         print(_line(row))
-    models.write(args.json, result)
+    record.write(args.json, result)
     if not args.tiny and not steers(rows):
         print("MISSED: exact signs of strength 0.01 do not stand out from random ones")
         return 1

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sap_fast.decoder import Decoder
+from sap_fast.model.decoder import Decoder
 from sap_fast.ops._library import architecture
 from sap_fast.tensors import T, rebuilt, tensors_of
 

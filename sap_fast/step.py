@@ -13,28 +13,28 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from sap_fast import passes
-from sap_fast.attention_backends import with_attention
+from sap_fast.batch.packer import Packer
 from sap_fast.config import SAPConfig
-from sap_fast.convert import base_model, check_adapters, read_decoder
-from sap_fast.decoder import Decoder
-from sap_fast.direction import Direction, SafetyPass, harmful_direction
 from sap_fast.errors import StepRefusedError
-from sap_fast.flat import Flat
-from sap_fast.float8 import check_unchanged, float8_weights
 from sap_fast.graph import Graphs
-from sap_fast.guard import guarded
-from sap_fast.integrity import Snapshot
-from sap_fast.joint import divided_with_pairs, dual_with_pairs
-from sap_fast.mark import mark, unmark
-from sap_fast.outcome import Deferred, Given, Outcome, State, Task, report_of, seen
-from sap_fast.packing import Packer
-from sap_fast.passes import Gradients, Micro
-from sap_fast.probe import Probe
-from sap_fast.refusal import raise_if_refused
+from sap_fast.method import passes
+from sap_fast.method.direction import Direction, SafetyPass, harmful_direction
+from sap_fast.method.flat import Flat
+from sap_fast.method.guard import guarded
+from sap_fast.method.joint import divided_with_pairs, dual_with_pairs
+from sap_fast.method.outcome import Deferred, Given, Outcome, State, Task, report_of, seen
+from sap_fast.method.passes import Gradients, Micro
+from sap_fast.method.probe import Probe
+from sap_fast.method.refusal import raise_if_refused
+from sap_fast.method.rhythm import Rhythm
+from sap_fast.method.sampling import some_pairs, some_tangents
+from sap_fast.model.attachment import Snapshot
+from sap_fast.model.attention_backends import with_attention
+from sap_fast.model.decoder import Decoder
+from sap_fast.model.float8 import check_unchanged, float8_weights
+from sap_fast.model.mark import mark, unmark
+from sap_fast.model.read import base_model, check_adapters, read_decoder
 from sap_fast.report import StepReport
-from sap_fast.rhythm import Rhythm
-from sap_fast.shares import some_pairs, some_tangents
 
 Batch = Mapping[str, Tensor]
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from sap_fast.flat import Flat
+from sap_fast.method.flat import Flat
 
 T = TypeVar("T")
 

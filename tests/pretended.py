@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import sap_fast
 from sap_fast import SAP, SAPConfig
 from sap_fast.graph import Graphs
-from sap_fast.integrity import Snapshot
+from sap_fast.model.attachment import Snapshot
 from sap_fast.tensors import tensors_of
 
 # What needs numbers from the device, or an output whose size depends on them.

@@ -360,8 +360,8 @@ def test_wrappers_are_refused(name: str, message: str) -> None:
 
 
 def test_real_data_parallel_wrapper_has_the_name_that_is_refused() -> None:
-    from sap_fast.convert import _WRAPPERS
-    from sap_fast.families import type_name
+    from sap_fast.model.families import type_name
+    from sap_fast.model.read import _WRAPPERS
 
     assert type_name(nn.DataParallel(nn.Linear(1, 1))) in _WRAPPERS
     from torch.distributed.fsdp import FullyShardedDataParallel

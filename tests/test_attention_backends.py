@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sap_fast
 from sap_fast import SAPConfig
-from sap_fast.attention_backends import Attention, Heads, choose, load, machine_of, with_attention
-from sap_fast.attention_backends.choice import BACKENDS, Backend
-from sap_fast.attention_backends.machine import problem_of
-from sap_fast.attention_backends.packed import flash_attn_kernel, packed_attention, varlen_attn_kernel
-from sap_fast.attention_backends.padded import padded_attention
-from sap_fast.attention_backends.serve import Ordinary, own_attention
-from sap_fast.convert import read_decoder
+from sap_fast.model.attention_backends import Attention, Heads, choose, load, machine_of, with_attention
+from sap_fast.model.attention_backends.choice import BACKENDS, Backend
+from sap_fast.model.attention_backends.machine import problem_of
+from sap_fast.model.attention_backends.packed import flash_attn_kernel, packed_attention, varlen_attn_kernel
+from sap_fast.model.attention_backends.padded import padded_attention
+from sap_fast.model.attention_backends.serve import Ordinary, own_attention
+from sap_fast.model.read import read_decoder
 from sap_fast.ops._cases import Case, OpCases, Problem, cases_for, derive, pose, run
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

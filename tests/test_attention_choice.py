@@ -10,9 +10,9 @@ from steps import CONFIG
 
 import sap_fast
 from sap_fast import SAPConfig
-from sap_fast.attention_backends import Heads, choose, machine_of
-from sap_fast.attention_backends.choice import BACKENDS, Backend, Machine
 from sap_fast.cli.main import main
+from sap_fast.model.attention_backends import Heads, choose, machine_of
+from sap_fast.model.attention_backends.choice import BACKENDS, Backend, Machine
 
 CPU = torch.device("cpu")
 HEADS = Heads(torch.bfloat16, 128)

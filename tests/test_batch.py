@@ -9,7 +9,7 @@ from torch import Tensor
 
 import sap_fast
 from sap_fast import BatchError, SAPConfig
-from sap_fast.batch import pack, pack_pairs
+from sap_fast.batch.rows import pack, pack_pairs
 from sap_fast.ops import RowIndex
 from sap_fast.tensors import tensors_of
 

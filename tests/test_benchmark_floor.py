@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ceiling, models, step, step_targets
-from benchmarks.ceiling import Ceiling
-from benchmarks.step_contenders import CONTENDERS
-from benchmarks.step_floor import Device
-from benchmarks.step_rounds import interval
-from benchmarks.step_rows import Given, Shapes, rows, scored
-from benchmarks.step_work import contender_floor, shape_of
-from sap_fast.profile.counting import Counter
+from benchmarks.common import ceiling, models
+from benchmarks.common.ceiling import Ceiling
+from benchmarks.floor.step import Device
+from benchmarks.step import targets
+from benchmarks.step.bases import wake
+from benchmarks.step.batches import Given, Shapes, rows, scored
+from benchmarks.step.contenders import CONTENDERS
+from benchmarks.step.own_floor import contender_floor, shape_of
+from benchmarks.step.rounds import interval
+from sap_fast.profiling.counting import Counter
 
 DEVICE = Device("round figures", 1e12, 1e10)
 # What needs a package or a GPU.
@@ -23,7 +25,7 @@ OPTIONAL = ("trl-sft", "liger-sft", "graph", "float8", "delayed+float8")
 
 def posed() -> tuple[nn.Module, Given]:
     model = models.with_lora(models.random_base(layers=6, width=128)[0])
-    step.wake(model)
+    wake(model)
     return model, rows(models.WordTokenizer(), models.examples(), Shapes(4, 40, 2, 40), "real", "cpu")
 
 
@@ -105,20 +107,20 @@ def run_of(times: dict[str, float], dtype: str = "float32", kind: str = "real", 
 
 
 def judged(table: list[dict[str, Any]], device: str, model: str, digests: Any = ()) -> dict[str, dict[str, Any]]:
-    return {row["target"].partition(": ")[2]: row for row in step_targets.verdicts(table, digests, device, model)}
+    return {row["target"].partition(": ")[2]: row for row in targets.verdicts(table, digests, device, model)}
 
 
 def test_targets_on_a_cpu() -> None:
     times = {"lagged": 3.0, "tidy": 4.0, "released": 5.0, "plain-sft": 1.0}
     table = [*run_of(times), *run_of(times, "bfloat16", "full")]
-    found = step_targets.verdicts(table, [{"dtype": "float32", "identical": True}], "cpu", "smollm2")
+    found = targets.verdicts(table, [{"dtype": "float32", "identical": True}], "cpu", "smollm2")
     assert [row["value"] for row in found[:4]] == [None] * 4
     assert all(row["target"].startswith("smollm2 on cpu, bfloat16: ") for row in found[:5])
     found = found[5:]
     assert [row["verdict"] for row in found] == ["met", "missed", "not measured", "not measured", "met"]
     assert [row["value"] for row in found] == [0.75, 0.6, None, None, None]
     assert found[1]["missed_by"] == pytest.approx(0.2)
-    said = step_targets.lines(found)
+    said = targets.lines(found)
     assert said[0] == "met              smollm2 on cpu, float32: lagged, ms over tidy's <= 0.75: 0.75 (0.75 to 0.75)"
     assert said[1] == "missed by 20.0%  smollm2 on cpu, float32: lagged, ms over released's <= 0.5: 0.6 (0.6 to 0.6)"
     assert said[2].startswith("not measured     smollm2 on cpu, float32: direction-every+tangents, ms over plain-sft's")
@@ -147,7 +149,7 @@ def test_targets_on_a_gpu(device: str) -> None:
     assert by_value["lagged, tflops_per_s on floor rows >= 600"] == (610.0, "met")
     assert by_value["lagged, peak_memory over tidy's <= 1"] == (1.0, "met")
     assert by_value["lagged, launches <= 2000"] == (1800.0, "met")
-    assert by_value[step_targets.BITS] == (None, "missed")
+    assert by_value[targets.BITS] == (None, "missed")
     assert found["lagged, ms: times faster than tidy >= 2.5"]["missed_by"] == pytest.approx(0.04)
     assert found["lagged, launches <= 2000"]["interval"] is None
     for other in (("NVIDIA A100", "llama-2-7b"), (device, "qwen2.5-7b")):
@@ -174,5 +176,5 @@ def test_a_medians_interval_is_that_of_order_statistics(n: int, expected: tuple[
 
 
 def test_every_target_names_a_contender() -> None:
-    names = {name for targets in step_targets.TARGETS.values() for t in targets for name in (t.contender, t.over)}
+    names = {name for targets in targets.TARGETS.values() for t in targets for name in (t.contender, t.over)}
     assert names - {None} <= CONTENDERS.keys()

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import models, step
-from benchmarks.step_contenders import CONTENDERS
-from benchmarks.step_counts import Allocations, Counting, weights_of
-from benchmarks.step_rows import Shapes, rows
+from benchmarks.common import models
+from benchmarks.step.bases import wake
+from benchmarks.step.batches import Shapes, rows
+from benchmarks.step.contenders import CONTENDERS
+from benchmarks.step.counts import Allocations, Counting, weights_of
 
 MIB = 2**20
 
@@ -80,7 +81,7 @@ def test_what_others_hold_does_not_count() -> None:
 def test_counting_ops_changes_no_peak(name: str) -> None:
     """... so that both are counted in the same steps."""
     model = models.with_lora(models.tiny_base()[0])
-    step.wake(model)
+    wake(model)
     given = rows(models.WordTokenizer(), models.examples(), Shapes(4, 40, 2, 40), "real", "cpu")
     peaks = []
     for counted in (True, False):

@@ -8,8 +8,9 @@ import torch
 from test_benchmarks import read
 
 import sap_fast
-from benchmarks import models, options
-from benchmarks.published_parts import trained
+from benchmarks import options
+from benchmarks.common import models
+from benchmarks.published.parts import trained
 
 
 def test_options_writes_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

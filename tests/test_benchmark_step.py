@@ -17,14 +17,18 @@ from test_benchmarks import read
 from torch import nn
 
 import sap_fast
-from benchmarks import ceiling, models, peers, step, step_contenders, step_peers, step_suite
-from benchmarks.published_parts import task_loss, trained
-from benchmarks.step_check import Exact, check, compare
-from benchmarks.step_contenders import CONTENDERS, Contender
-from benchmarks.step_counts import Allocations, Counting, Ops, launches
-from benchmarks.step_rounds import Rounds
-from benchmarks.step_rows import Given, Shapes, rows
-from benchmarks.step_run import Run
+from benchmarks.common import ceiling, models
+from benchmarks.ops.peers import installed
+from benchmarks.published.parts import task_loss, trained
+from benchmarks.step import __main__ as step
+from benchmarks.step import bases, contenders, peers
+from benchmarks.step.batches import Given, Shapes, rows
+from benchmarks.step.check import Exact, check, compare
+from benchmarks.step.contenders import CONTENDERS, Contender
+from benchmarks.step.counts import Allocations, Counting, Ops, launches
+from benchmarks.step.rounds import Rounds
+from benchmarks.step.run import Run
+from benchmarks.step.suite import RATIOS, Suite
 
 SHAPES = Shapes(4, 40, 2, 40)
 OPTIONAL = {"trl-sft": "trl", "liger-sft": "liger_kernel"}
@@ -50,7 +54,7 @@ def given(kind: str = "real", shapes: Shapes = SHAPES) -> Given:
 
 def tiny() -> nn.Module:
     model = models.with_lora(models.tiny_base()[0])
-    step.wake(model)
+    bases.wake(model)
     return model
 
 
@@ -66,7 +70,7 @@ def test_every_contender_has_its_row(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found.keys() | skipped.keys() == CONTENDERS.keys()
     assert not found.keys() & skipped.keys() and not result["refused"]
     for name, package in OPTIONAL.items():
-        if peers.installed(package) is None:
+        if installed(package) is None:
             assert skipped[name] == f"{package} is not installed"
             assert f"skipped: {name}, {package} is not installed" in said
     for name in ("float8", "delayed+float8"):
@@ -85,7 +89,7 @@ def test_every_contender_has_its_row(tmp_path: Path, capsys: pytest.CaptureFixtu
         if shares:  # pairs share their prompts
             assert row["pair_rows"] < tokens[1]
         assert shares or (row["task_rows"], row["pair_rows"]) == tokens, name
-        for key, other in step.RATIOS.items():
+        for key, other in RATIOS.items():
             assert row[key] == pytest.approx(row["ms"] / found[other]["ms"])
     tokens = {name: (sum(row["task_lengths"]), sum(row["pair_lengths"])) for name, row in found.items()}
     task, pairs = found["lagged"]["task_tokens"], found["lagged"]["pair_tokens"]
@@ -129,7 +133,7 @@ def test_rows_of_other_kinds_and_another_dtype(tmp_path: Path) -> None:
 
 
 def test_what_has_no_time_left_is_left_out_by_name(tmp_path: Path) -> None:
-    suite = step.Suite("cpu", 5, ["own-sft", "plain-sft"], None, limit=1e-9)
+    suite = Suite("cpu", 5, ["own-sft", "plain-sft"], None, limit=1e-9)
     assert suite.measure(tiny(), "float32", given()) == [] == suite.ceilings
     assert [(entry["contender"], entry["reason"]) for entry in suite.skipped] == [
         ("own-sft", "time"),
@@ -157,7 +161,7 @@ def test_who_fails_while_timed_costs_nobody_else(tmp_path: Path, monkeypatch: py
     def failing(name: str, at: int) -> Contender:
         @contextmanager
         def opened(model: nn.Module, given: Given):
-            with step_peers.plain(model, given) as run:
+            with peers.plain(model, given) as run:
 
                 def step_() -> torch.Tensor:
                     calls[name] += 1
@@ -174,7 +178,7 @@ def test_who_fails_while_timed_costs_nobody_else(tmp_path: Path, monkeypatch: py
 
     # The check takes two steps, a third completes what memory is counted over: this one fails in its second round.
     monkeypatch.setitem(CONTENDERS, "plain-sft", failing("plain-sft", 5))
-    monkeypatch.setattr(step_suite.Suite, "_launches", no_launches)
+    monkeypatch.setattr(Suite, "_launches", no_launches)
     path, facts = tmp_path / "result.json", tmp_path / "facts.jsonl"
     arguments = ["--model", "tiny", "--dtype", "float32", "--rounds", "3", "--contenders", "plain-sft", "own-sft"]
     assert step.main([*arguments, "--json", str(path), "--jsonl", str(facts)]) == 1
@@ -194,7 +198,7 @@ def test_who_fails_while_timed_costs_nobody_else(tmp_path: Path, monkeypatch: py
 def test_two_copies_of_the_weights_are_not_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("float8", "delayed+float8"):
         monkeypatch.setitem(CONTENDERS, name, replace(CONTENDERS["lagged"], options={"float8": True}))
-    suite = step.Suite("cpu", 1, ["float8", "delayed+float8"], None)
+    suite = Suite("cpu", 1, ["float8", "delayed+float8"], None)
     assert [row["contender"] for row in suite.measure(tiny(), "float32", given())] == ["float8"]
     ((name, reason),) = [(entry["contender"], entry["reason"]) for entry in suite.skipped]
     assert name == "delayed+float8" and reason.endswith("run it in a process of its own")
@@ -208,8 +212,8 @@ def test_large_models_are_made_in_their_dtype(monkeypatch: pytest.MonkeyPatch) -
         made.append(dtype)
         return models.llama_base(2, 32, 2, 1024, dtype=dtype)
 
-    monkeypatch.setitem(step.BASES, "llama-2-7b", base)
-    model, _ = step.ready("llama-2-7b", None, torch.bfloat16, "cpu")
+    monkeypatch.setitem(bases.BASES, "llama-2-7b", base)
+    model, _ = bases.ready("llama-2-7b", None, torch.bfloat16, "cpu")
     assert made == [torch.bfloat16]
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -244,7 +248,7 @@ def test_a_wrong_contender_is_refused_before_timing(
 
     @contextmanager
     def slanted(model: nn.Module, given: Given):
-        with step_peers.plain(model, given) as run:
+        with peers.plain(model, given) as run:
 
             def wrong() -> torch.Tensor:
                 loss = run.step()
@@ -292,7 +296,7 @@ def test_the_probe_in_use_is_looked_at(name: str) -> None:
 
 def test_released_draws_dropout_once_it_was_found_right() -> None:
     own = models.twin(tiny())
-    with step_contenders.released(own, given()) as run:
+    with contenders.released(own, given()) as run:
         quiet = [float(run.step()) for _ in range(2)]
         assert run.settle is not None
         run.settle()
@@ -306,7 +310,7 @@ def test_large_models_are_checked_on_a_cut() -> None:
     shallow = models.cut(model, 2)
     assert (len(shallow.get_base_model().model.layers), len(model.get_base_model().model.layers)) == (2, 4)
     assert model.config.num_hidden_layers == 4
-    suite = step.Suite("cpu", 1, ["lagged", "tidy", "probe-every"], 2)
+    suite = Suite("cpu", 1, ["lagged", "tidy", "probe-every"], 2)
     assert [row["contender"] for row in suite.measure(model, "float32", given())] == suite.names
     assert not suite.refused and not suite.skipped
 
@@ -351,7 +355,7 @@ def test_ligers_patches_stay_with_its_model(monkeypatch: pytest.MonkeyPatch) -> 
         shared.apply_rotary_pos_emb = counted
         shared.of_liger = 1
 
-    patched = step_peers.Patched(tiny(), apply)
+    patched = peers.Patched(tiny(), apply)
     assert shared.apply_rotary_pos_emb is turn and not hasattr(shared, "of_liger")
     model, batch = tiny(), given().batch
     loss = task_loss(model, batch)
@@ -364,9 +368,9 @@ def test_ligers_patches_stay_with_its_model(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_fails_in_setting_up_a_peer_is_a_reason_to_skip_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_peers, "installed", lambda package: "9.9")
+    monkeypatch.setattr(peers, "installed", lambda package: "9.9")
     monkeypatch.setitem(sys.modules, "trl", ModuleType("trl"))  # without its trainer
-    suite = step.Suite("cpu", 1, ["trl-sft", "liger-sft"], None)
+    suite = Suite("cpu", 1, ["trl-sft", "liger-sft"], None)
     assert suite.measure(tiny(), "float32", given()) == []
     reasons = {entry["contender"]: entry["reason"] for entry in suite.skipped}
     assert reasons["trl-sft"].startswith("trl 9.9: ImportError: cannot import name 'SFTConfig'")
@@ -394,8 +398,8 @@ def test_trl_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch) -> Non
     stub = ModuleType("trl")
     stub.SFTConfig, stub.SFTTrainer = SFTConfig, SFTTrainer
     monkeypatch.setitem(sys.modules, "trl", stub)
-    monkeypatch.setattr(step_peers, "installed", lambda package: "9.9")
-    suite = step.Suite("cpu", 1, ["trl-sft"], None)
+    monkeypatch.setattr(peers, "installed", lambda package: "9.9")
+    suite = Suite("cpu", 1, ["trl-sft"], None)
     data = given()
     before = copy.deepcopy(dict(data.batch))
     (row,) = suite.measure(tiny(), "float32", data)

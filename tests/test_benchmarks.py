@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import demo_search, fidelity, models, steering
+from benchmarks import demo_search, fidelity, steering
+from benchmarks.common import models, record
 
 
 def finite(x: Any) -> bool:
@@ -28,7 +29,7 @@ def read(path: Path) -> dict[str, Any]:
         result["environment"].keys()
     )
     assert str(path.parent) not in text
-    assert str(models.ROOT) not in text
+    assert str(record.ROOT) not in text
     assert finite(result)
     return result
 

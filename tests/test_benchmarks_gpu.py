@@ -14,12 +14,14 @@ from agreement import assert_agrees
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import eager_pairs, fidelity, models, peers
-from benchmarks.contenders import PASSES, TOLERANCE, Recorder
-from benchmarks.device_timer import DeviceTimer
+from benchmarks import fidelity
+from benchmarks.common import models
+from benchmarks.common.device_timer import DeviceTimer
 from benchmarks.gpu import ops_table, subjects
 from benchmarks.gpu.results import Item
 from benchmarks.gpu.subjects import MANY, Stage, Subject, Visit, Widths
+from benchmarks.ops import formulas, peers
+from benchmarks.ops.contenders import PASSES, TOLERANCE, Recorder
 from sap_fast.ops._cases import Case, OpCases, Problem, cases_for, derive, pose, run
 from sap_fast.ops.rms_norm.reference import primal as rms_norm
 from sap_fast.ops.rotary.reference import primal as rotary
@@ -34,21 +36,21 @@ MODES = {"full": lambda pair: pair, "half": Problem.half, "single": Problem.sing
 @pytest.mark.parametrize(
     ("op", "case"), [pytest.param(op, case, id=f"{op.name}-{case.name}") for op, case in cases_for("contract")]
 )
-def test_eager_pairs_are_the_rules_derived(op: OpCases, case: Case, mode: str) -> None:
+def test_formulas_are_the_rules_derived(op: OpCases, case: Case, mode: str) -> None:
     problem = MODES[mode](pose(op, case, torch.Generator().manual_seed(0)))
-    with Recorder(eager_pairs.rule) as recorder:
+    with Recorder(formulas.rule) as recorder:
         actual = run(op, problem)
-    assert [function.__module__ for function, _, _ in recorder.calls] == [eager_pairs.__name__] * 2
+    assert [function.__module__ for function, _, _ in recorder.calls] == [formulas.__name__] * 2
     truth = derive(op, problem)
     assert actual.keys() == truth.keys()
     assert_agrees(actual, truth)
 
 
 @pytest.mark.parametrize("name", ["attention", "lora_linear", "linear_cross_entropy"])
-def test_eager_pairs_compile_to_one_graph(name: str) -> None:
+def test_formulas_compile_to_one_graph(name: str) -> None:
     """... so that the comparison with torch.compile is one with its best."""
     subject = Subject(name, "tiny", 8, 4 if name == "attention" else 0)
-    with Recorder(eager_pairs.rule) as recorder:
+    with Recorder(formulas.rule) as recorder:
         run(subjects.op_named(name), subjects.posed(subject, "cpu", torch.float32))
     for function, arguments, _ in recorder.calls:
         torch.compile(function, backend="eager", fullgraph=True, dynamic=False)(*arguments)
@@ -81,8 +83,8 @@ def test_bytes_are_those_of_inputs_and_outputs() -> None:
 
 
 def test_a_wrong_contender_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = eager_pairs.glu
-    monkeypatch.setattr(eager_pairs, "glu", lambda *args: 1.01 * right(*args))
+    right = formulas.glu
+    monkeypatch.setattr(formulas, "glu", lambda *args: 1.01 * right(*args))
     stage = Stage("cpu", torch.float32)
     stage.checked(Visit(Subject("glu", "tiny", 8), "forward", "ours", 1))
     with pytest.raises(AssertionError, match=r"y is off by 0\.01 of its norm"):

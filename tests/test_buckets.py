@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import sap_fast
 from sap_fast import SAPConfig
-from sap_fast.batch import Rows, pack, pack_pairs
-from sap_fast.buckets import LABELS, LENGTHS, SIZES, bucket, padded
-from sap_fast.prefixes import share_prefixes
+from sap_fast.batch.buckets import LABELS, LENGTHS, SIZES, bucket, padded
+from sap_fast.batch.prefixes import share_prefixes
+from sap_fast.batch.rows import Rows, pack, pack_pairs
 from sap_fast.tensors import tensors_of
 
 CPU = torch.device("cpu")

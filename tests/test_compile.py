@@ -11,7 +11,7 @@ import pytest
 import torch
 from triton_kernels import INTERPRETED
 
-from benchmarks.compiled import SHARED_LIMIT, Compiled, compiling
+from benchmarks.common.compiled import SHARED_LIMIT, Compiled, compiling
 from sap_fast.ops._cases import Case, OpCases, cases_for, pose, run
 
 pytestmark = pytest.mark.skipif(

@@ -58,7 +58,7 @@ def test_an_error_anywhere_takes_everything_off(where: int, monkeypatch: pytest.
     model.get_base_model()._set_gradient_checkpointing(True)
     names = {name: set(vars(m)) for name, m in model.named_modules()}
     sap = sap_fast.attach(model, CONFIG)
-    from sap_fast.decoder import Layer
+    from sap_fast.model.decoder import Layer
 
     real, calls = Layer.forward, [0]
 
@@ -228,7 +228,7 @@ def test_layers_are_found_wherever_they_lie() -> None:
     base = model.get_base_model()
     base.trunk = base.model
     del base.model
-    from sap_fast.convert import read_decoder
+    from sap_fast.model.read import read_decoder
 
     decoder = read_decoder(model)
     assert len(decoder.layers) == 4
@@ -237,7 +237,7 @@ def test_layers_are_found_wherever_they_lie() -> None:
 
 def test_rslora_and_unadapted_layers_are_read_from_the_modules() -> None:
     model = peft_model(use_rslora=True, lora_alpha=4, layers_to_transform=[1, 3])
-    from sap_fast.convert import read_decoder
+    from sap_fast.model.read import read_decoder
 
     decoder = read_decoder(model)
     assert [layer.qkv[0].lora is not None for layer in decoder.layers] == [False, True, False, True]
@@ -260,9 +260,9 @@ def test_autocast_is_refused_with_the_way_out() -> None:
 
 
 def test_the_page_on_families_lists_the_fields_of_an_entry() -> None:
-    from sap_fast.families import Family
+    from sap_fast.model.families import Family
 
-    page = (Path(sap_fast.__file__).parent / "families.md").read_text(encoding="utf-8")
+    page = (Path(sap_fast.__file__).parent / "model" / "families.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\w+)` \|(?: `(.*?)`)?", page, re.M)
     assert [name for name, _ in listed] == [field.name for field in dataclasses.fields(Family)]
     entry = Family("", "")
@@ -284,7 +284,8 @@ def test_the_page_on_families_lists_the_fields_of_an_entry() -> None:
 def test_an_entry_that_leaves_something_out_is_refused(
     family: str, wrong: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sap_fast import convert, families
+    from sap_fast.model import families
+    from sap_fast.model import read as convert
 
     entries = [dataclasses.replace(f, **wrong) if f.prefix.lower() == family else f for f in families.FAMILIES]
     monkeypatch.setattr(convert, "FAMILIES", entries)
@@ -295,8 +296,8 @@ def test_an_entry_that_leaves_something_out_is_refused(
 def test_rotary_tables_are_computed_once_a_pass_and_layer_type(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
-    from sap_fast.batch import pack
-    from sap_fast.convert import read_decoder
+    from sap_fast.batch.rows import pack
+    from sap_fast.model.read import read_decoder
 
     real, seen = Gemma3RotaryEmbedding.forward, []
 

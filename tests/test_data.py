@@ -9,7 +9,7 @@ import pytest
 import torch
 from chat import TEMPLATE, save_chat_model
 
-from sap_fast.batch import pack, pack_pairs
+from sap_fast.batch.rows import pack, pack_pairs
 from sap_fast.data import (
     Collator,
     Example,

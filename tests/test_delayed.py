@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sap_fast
-from sap_fast import SAPConfig, StepRefusedError, passes
-from sap_fast.batch import pack, pack_pairs
-from sap_fast.convert import read_decoder
-from sap_fast.decoder import Decoder
-from sap_fast.direction import Direction, harmful_direction
-from sap_fast.passes import Gradients, Micro
-from sap_fast.probe import Probe
+from sap_fast import SAPConfig, StepRefusedError
+from sap_fast.batch.rows import pack, pack_pairs
+from sap_fast.method import passes
+from sap_fast.method.direction import Direction, harmful_direction
+from sap_fast.method.passes import Gradients, Micro
+from sap_fast.method.probe import Probe
+from sap_fast.model.decoder import Decoder
+from sap_fast.model.read import read_decoder
 
 DELAYED = CONFIG.replace(delayed_direction=True)
 # The sums of a product over more rows come in another order.

@@ -24,12 +24,15 @@ from oracle import (
 from torch import Tensor
 
 import sap_fast
-from sap_fast import SAPConfig, UnsupportedModelError, convert, families, passes
-from sap_fast.batch import pack, pack_pairs
-from sap_fast.convert import read_decoder
-from sap_fast.direction import harmful_direction
-from sap_fast.flat import Flat
-from sap_fast.probe import Probe
+from sap_fast import SAPConfig, UnsupportedModelError
+from sap_fast.batch.rows import pack, pack_pairs
+from sap_fast.method import passes
+from sap_fast.method.direction import harmful_direction
+from sap_fast.method.flat import Flat
+from sap_fast.method.probe import Probe
+from sap_fast.model import families
+from sap_fast.model import read as convert
+from sap_fast.model.read import read_decoder
 
 TARGETS = {"qv": ("q_proj", "v_proj"), "all-linear": ALL_LINEAR, "down": ("down_proj",)}
 
@@ -83,7 +86,7 @@ def test_dual_pass_equals_double_backward(family: str, targets: str, layers: tup
 
 def test_the_example_of_the_page_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """The entry and the line for the tests that families.md shows, run as they stand there."""
-    page = (Path(sap_fast.__file__).parent / "families.md").read_text(encoding="utf-8")
+    page = (Path(sap_fast.__file__).parent / "model" / "families.md").read_text(encoding="utf-8")
     entry, line = (eval(code, {"Family": families.Family}) for code in re.findall(r"```python\n(.*?)```", page, re.S))
     (name,) = line
     monkeypatch.setitem(FAMILIES, name, line[name])

@@ -13,9 +13,9 @@ import torch
 from agreement import assert_agrees
 from torch import Tensor
 
-from benchmarks.contenders import Recorder
 from benchmarks.gpu import subjects
 from benchmarks.gpu.subjects import Subject, Widths
+from benchmarks.ops.contenders import Recorder
 from sap_fast import _C
 from sap_fast.ops._cases import OpCases, Problem, derive, every_op, pose, run
 

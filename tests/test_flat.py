@@ -7,7 +7,7 @@ from steps import CONFIG
 from torch import Tensor
 
 import sap_fast
-from sap_fast.flat import Flat
+from sap_fast.method.flat import Flat
 
 
 def tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

@@ -12,15 +12,16 @@ from steps import CONFIG, gap, grads
 from torch import Tensor, nn
 
 import sap_fast
-from sap_fast import SAPConfig, UnsupportedModelError, passes
-from sap_fast.batch import pack, pack_pairs
-from sap_fast.convert import read_decoder
-from sap_fast.direction import harmful_direction
-from sap_fast.float8 import float8_weights
+from sap_fast import SAPConfig, UnsupportedModelError
+from sap_fast.batch.rows import pack, pack_pairs
+from sap_fast.method import passes
+from sap_fast.method.direction import harmful_direction
+from sap_fast.method.passes import Micro
+from sap_fast.method.probe import Probe
+from sap_fast.model.float8 import float8_weights
+from sap_fast.model.read import read_decoder
 from sap_fast.ops import LoRATarget, Part, lora_linear_together
 from sap_fast.ops.lora_linear.float8 import Float8Weight, product, refusal_to_write, rounded
-from sap_fast.passes import Micro
-from sap_fast.probe import Probe
 
 EMULATED = CONFIG.replace(float8="emulated")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -330,7 +331,7 @@ class Device:
     """Stands for a GPU of some compute capability."""
 
     def __init__(self, patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-        from sap_fast import float8
+        from sap_fast.model import float8
 
         patch.setattr(float8.torch.cuda, "get_device_capability", lambda device: capability)
         patch.setattr(float8.torch.cuda, "get_device_name", lambda device: "Some GPU")
@@ -338,7 +339,7 @@ class Device:
 
 
 def test_a_device_for_which_torch_has_no_product_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sap_fast import float8
+    from sap_fast.model import float8
 
     def missing(*args: Any, **kwargs: Any) -> Tensor:
         raise RuntimeError("no such kernel\nat all")
@@ -363,7 +364,7 @@ def test_where_torch_does_not_write_products_in_place_they_are_copied(
     monkeypatch: pytest.MonkeyPatch, writes: bool
 ) -> None:
     """... with the same results, and with a warning that says why."""
-    from sap_fast import float8
+    from sap_fast.model import float8
 
     given: list[bool] = []
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import floor
-from benchmarks.floor import Batch, Device, Method, Scenario, Shape, Tokens, Work, step_floor, table
+from benchmarks.floor import __main__ as floor
+from benchmarks.floor.__main__ import Scenario, table
+from benchmarks.floor.step import Batch, Device, Method, step_floor
+from benchmarks.floor.work import Shape, Tokens, Work
 from sap_fast import SAPConfig
-from sap_fast.rhythm import Rhythm
+from sap_fast.method.rhythm import Rhythm
 
 LLAMA, H200 = floor.MODELS["llama-2-7b"], Device("H200", 790e12, 4.3e12)
 SMALL = Shape(hidden=48, inner=80, layers=5, vocab=100, heads=4, kv_heads=2, head_dim=16)
@@ -320,7 +322,9 @@ def test_the_command_refuses(arguments: list[str], message: str, capsys: pytest.
 
 
 def test_the_floor_is_arithmetic_alone() -> None:
-    code = "import sys, benchmarks.floor; assert not {'torch', 'transformers', 'sap_fast'} & sys.modules.keys()"
-    root = Path(floor.__file__).parent.parent
+    code = (
+        "import sys, benchmarks.floor.__main__; assert not {'torch', 'transformers', 'sap_fast'} & sys.modules.keys()"
+    )
+    root = Path(floor.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

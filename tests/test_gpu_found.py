@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import models
+from benchmarks.common import record
 from benchmarks.gpu import cache, reporter, results, table
 from benchmarks.gpu.results import Item
 
@@ -108,7 +108,7 @@ def test_kernels_compiled_before_are_found(tmp_path: Path) -> None:
     def compiled(folder: Path) -> set[str]:
         environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "TRITON_INTERPRET": "0"}
         done = subprocess.run(
-            compile_one, cwd=models.ROOT, env=environment, capture_output=True, text=True, timeout=120
+            compile_one, cwd=record.ROOT, env=environment, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stdout
         return {path.name for path in folder.rglob("*.ttir")}
@@ -130,7 +130,7 @@ def failing(i: int, error: str = "ValueError: no", off: dict | None = None) -> I
 
 
 def test_the_table_stays_short() -> None:
-    run = {"kind": "run", "part": "check", "tiny": False, "limit": 260.0, "environment": models.environment("cpu")}
+    run = {"kind": "run", "part": "check", "tiny": False, "limit": 260.0, "environment": record.environment("cpu")}
     many = [failing(i, f"Error{i % 50}: {'x' * (i % 50)}").line for i in range(2000)]
     text = table.table([run, *many], "repeat")
     assert len(text) < 10_000 and "more lines: results.jsonl has all of it" in text
@@ -177,7 +177,7 @@ def step_row(contender: str, ms: float, rounds: int, **more: Any) -> dict[str, A
 
 
 def test_steps_are_told_by_the_most_rounds_and_judged_though_cut_off() -> None:
-    environment = models.environment("cpu") | {"device": "NVIDIA H100 80GB HBM3"}
+    environment = record.environment("cpu") | {"device": "NVIDIA H100 80GB HBM3"}
     digest = {"dtype": "bfloat16", "layers": 2, "first": "a" * 64, "again": "a" * 64, "identical": True}
     lines = [
         {"kind": "run", "part": "time", "tiny": False, "limit": 330.0, "environment": environment},
@@ -203,7 +203,7 @@ def test_steps_are_told_by_the_most_rounds_and_judged_though_cut_off() -> None:
 
 
 def test_reasons_name_no_folder() -> None:
-    assert results.brief(f"in {models.ROOT}/x.py,\n {Path.home()}/y and /usr/lib/w.so") == "in x.py, y and w.so"
+    assert results.brief(f"in {record.ROOT}/x.py,\n {Path.home()}/y and /usr/lib/w.so") == "in x.py, y and w.so"
 
 
 def test_one_test_of_each_kind_comes_first(pytester_items: list[Any]) -> None:

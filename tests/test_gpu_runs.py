@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import models
+from benchmarks.common import record
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import cache, keep, parts, reporter, results, table
 from benchmarks.gpu.processes import Command, Runner, Tests, grace_of
@@ -30,7 +30,7 @@ def started(*arguments: Any) -> subprocess.Popen:
     words = [sys.executable, "-m", "benchmarks.gpu", "--tiny", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        words, cwd=models.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        words, cwd=record.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -296,11 +296,11 @@ def test_the_device_tests_are_all_there_are() -> None:
     """But those of the reference rules in float64, which a CPU has run, and what only tells of the mark itself."""
     marked = {
         f"tests/{path.name}"
-        for path in (models.ROOT / "tests").glob("test_*.py")
+        for path in (record.ROOT / "tests").glob("test_*.py")
         if "pytest.mark.gpu" in path.read_text() and path.name != Path(__file__).name
     }
     assert marked and marked <= {*parts.DEVICE_TESTS}
-    assert all((models.ROOT / file).exists() for file in (*parts.DEVICE_TESTS, parts.SMOKE_FILE, parts.OPS_FILE))
+    assert all((record.ROOT / file).exists() for file in (*parts.DEVICE_TESTS, parts.SMOKE_FILE, parts.OPS_FILE))
 
 
 # Resuming

@@ -20,8 +20,8 @@ from torch import nn
 
 import sap_fast
 from sap_fast import SAPConfig, StepRefusedError
-from sap_fast.convert import read_decoder
 from sap_fast.graph import Graphs
+from sap_fast.model.read import read_decoder
 from sap_fast.tensors import rebuilt, tensors_of
 
 OPTIONS = {

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sap_fast
 from sap_fast import SAPConfig
-from sap_fast.decoder import Decoder
-from sap_fast.packing import Packer
+from sap_fast.batch.packer import Packer
+from sap_fast.model.decoder import Decoder
 
 # What allocates or asks, and computes nothing.
 IDLE = {"aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default", "aten.promote_types.default"}

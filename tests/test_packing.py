@@ -17,9 +17,9 @@ from torch import Tensor
 
 import sap_fast
 from sap_fast import SAP, BatchError, SAPConfig
+from sap_fast.batch.transfer import fetched, sent
 from sap_fast.graph import Graphs
 from sap_fast.tensors import tensors_of
-from sap_fast.transfer import fetched, sent
 
 OPTIONS = {
     **{name: CONFIGS[name] for name in ("lagged", "fresh-store", "fresh-recompute", "difference", "probe+project")},

@@ -18,9 +18,9 @@ from trainers import ROWS, trainer
 
 import sap_fast
 from sap_fast import SAP, BatchError, SAPConfig
-from sap_fast.batch import pack
+from sap_fast.batch.rows import pack
+from sap_fast.batch.transfer import sent
 from sap_fast.tensors import tensors_of
-from sap_fast.transfer import sent
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,14 +19,15 @@ from oracle import (
 from steps import CONFIGS, gap, two_steps
 from torch import Tensor
 
-from sap_fast import SAPConfig, passes
-from sap_fast.batch import Rows, pack, pack_pairs
-from sap_fast.convert import read_decoder
-from sap_fast.direction import harmful_direction
-from sap_fast.flat import Flat
-from sap_fast.packing import Packer
-from sap_fast.prefixes import share_prefixes
-from sap_fast.probe import Probe
+from sap_fast import SAPConfig
+from sap_fast.batch.packer import Packer
+from sap_fast.batch.prefixes import share_prefixes
+from sap_fast.batch.rows import Rows, pack, pack_pairs
+from sap_fast.method import passes
+from sap_fast.method.direction import harmful_direction
+from sap_fast.method.flat import Flat
+from sap_fast.method.probe import Probe
+from sap_fast.model.read import read_decoder
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from sap_fast import SAPConfig
 from sap_fast.config import paper_layers, released_layers
-from sap_fast.probe import Probe
+from sap_fast.method.probe import Probe
 
 WIDTH = 16
 

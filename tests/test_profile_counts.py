@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import sap_fast
 from sap_fast import SAPConfig
 from sap_fast.ops._library import raw_ops
-from sap_fast.profile.advice import Parts, advise
-from sap_fast.profile.counting import Counter
-from sap_fast.profile.flops import _OWN, matrix_flops
-from sap_fast.profile.trace import kernels
+from sap_fast.profiling.advice import Parts, advise
+from sap_fast.profiling.counting import Counter
+from sap_fast.profiling.flops import _OWN, matrix_flops
+from sap_fast.profiling.trace import kernels
 
 # Counting
 

@@ -16,7 +16,7 @@ from steps import CONFIG
 from sap_fast import Profile, SAPConfig
 from sap_fast.cli.main import main
 from sap_fast.cli.method import MethodArguments
-from sap_fast.profile.phases import PHASES
+from sap_fast.profiling.phases import PHASES
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,12 @@ from oracle import (
 from reimplementation import trajectory
 from torch import Tensor, nn
 
-from benchmarks import published_parts
-from benchmarks.published_step import PublishedStep
+from benchmarks.published import parts
+from benchmarks.published.step import PublishedStep
 from sap_fast import SAPConfig
-from sap_fast.batch import pack_pairs
-from sap_fast.convert import read_decoder
-from sap_fast.direction import Direction, harmful_direction
+from sap_fast.batch.rows import pack_pairs
+from sap_fast.method.direction import Direction, harmful_direction
+from sap_fast.model.read import read_decoder
 
 LAYERS, STEPS = (1, 2), 5
 
@@ -104,7 +104,7 @@ def test_tidy_form_leaves_the_task_gradient_and_no_trace() -> None:
         gradient = {name: p.grad.clone() for name, p in lora(model).items()}
     assert_same(snapshot(model), before)
     # The probe of the first step is zero: its gradient is plain fine-tuning's.
-    plain = published_parts.task_loss(model, batch)
+    plain = parts.task_loss(model, batch)
     assert torch.equal(loss, plain.detach())
     for g, true in zip(gradient.values(), torch.autograd.grad(plain, list(lora(model).values())), strict=True):
         assert torch.equal(g, true)
@@ -128,7 +128,7 @@ def test_weights_come_back_when_the_moved_pass_fails() -> None:
     before = snapshot(model)
     with (
         pytest.raises(ZeroDivisionError),
-        published_parts.moved(theta, u, torch.tensor(0.3, dtype=torch.float64)),
+        parts.moved(theta, u, torch.tensor(0.3, dtype=torch.float64)),
     ):
         assert not any(torch.equal(p, before["state"][name]) for name, p in theta.items())
         raise ZeroDivisionError
@@ -142,9 +142,9 @@ def test_finite_difference_and_direction_are_the_oracles() -> None:
 
     before = snapshot(model)
     with everything_in_float64(model):
-        u = published_parts.harmful_direction(model, pairs)
+        u = parts.harmful_direction(model, pairs)
         truth = unit_direction(model, pairs)
-        found = published_parts.finite_differences(model, batch, u, vectors, [1e-6])[1e-6]
+        found = parts.finite_differences(model, batch, u, vectors, [1e-6])[1e-6]
         exact_probe_dot = exact(model, batch, u, vectors)[-1]
     assert_same(snapshot(model), before)
     # The same gradient by the same forward, summed in another order: float64 rounding of entries of at most 1.
@@ -192,7 +192,7 @@ def test_released_margin_never_sees_the_answers() -> None:
     """The released input holds no answer: a late token of one changes a label, and no logit."""
     model, pairs = tiny_model("llama"), random_pairs()
     changed, column = with_late_answer_changed(pairs)
-    one, two = (published_parts.prompt_only_pairs(p, 12, pad=0) for p in (pairs, changed))
+    one, two = (parts.prompt_only_pairs(p, 12, pad=0) for p in (pairs, changed))
     assert torch.equal(one["input_ids"], two["input_ids"])
     assert torch.equal(one["attention_mask"], two["attention_mask"])
     assert not torch.equal(one["chosen_labels"], two["chosen_labels"])
@@ -202,7 +202,7 @@ def test_released_margin_never_sees_the_answers() -> None:
     logits = model(input_ids=one["input_ids"], attention_mask=one["attention_mask"]).logits
     log_p = torch.log_softmax(logits[0, column].double(), -1)
     old, new = pairs["labels"][0, column], changed["labels"][0, column]
-    margin = [published_parts.prompt_only_margins(model, p) for p in (one, two)]
+    margin = [parts.prompt_only_margins(model, p) for p in (one, two)]
     assert torch.allclose(margin[1] - margin[0], (log_p[new] - log_p[old]) * torch.tensor([1, 0]))
 
 
@@ -214,8 +214,8 @@ def test_sap_fast_feeds_the_answers(per_token: bool) -> None:
     found = direction_of(model, pairs, config)
     with everything_in_float64(model):
         forced = margins(model, pairs, per_token=per_token).mean().detach()
-        contrast = published_parts.prompt_only_pairs(pairs, pairs["labels"].shape[1], pad=0)
-        blind = published_parts.prompt_only_margins(model, contrast)
+        contrast = parts.prompt_only_pairs(pairs, pairs["labels"].shape[1], pad=0)
+        blind = parts.prompt_only_margins(model, contrast)
     scored = (pairs["labels"] != -100).sum(1)
     blind = (blind / (scored.chunk(2)[0] if per_token else 1)).mean().detach()
     assert found.margin == pytest.approx(float(forced), rel=1e-8)

@@ -11,13 +11,14 @@ from steps import CONFIG, gap, grads, plain_gradient
 from torch import Tensor, nn
 
 import sap_fast
-from sap_fast import SAPConfig, StepRefusedError, passes
-from sap_fast.batch import pack, packed, read
-from sap_fast.convert import read_decoder
-from sap_fast.flat import Flat
-from sap_fast.passes import Micro
-from sap_fast.probe import Probe
-from sap_fast.rhythm import Rhythm
+from sap_fast import SAPConfig, StepRefusedError
+from sap_fast.batch.rows import pack, packed, read
+from sap_fast.method import passes
+from sap_fast.method.flat import Flat
+from sap_fast.method.passes import Micro
+from sap_fast.method.probe import Probe
+from sap_fast.method.rhythm import Rhythm
+from sap_fast.model.read import read_decoder
 
 SCHEDULES = pytest.mark.parametrize("schedule", ["lagged", "fresh"])
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 from test_benchmarks import read
 
-from benchmarks import ceiling, models, scaling, scaling_points, step_peers
-from benchmarks.line_chart import Panel, figure
-from benchmarks.scaling_points import FULL, SMALL, TARGETS, Point, points, random_rows, spread
-from benchmarks.step_contenders import CONTENDERS, Contender
-from benchmarks.step_rows import Given
-from benchmarks.step_run import Run
-from sap_fast.batch import pack, pack_pairs
+from benchmarks import scaling
+from benchmarks.common import ceiling, models
+from benchmarks.common.line_chart import Panel, figure
+from benchmarks.step import peers, scaling_points
+from benchmarks.step.batches import Given
+from benchmarks.step.contenders import CONTENDERS, Contender
+from benchmarks.step.run import Run
+from benchmarks.step.scaling_points import FULL, SMALL, TARGETS, Point, points, random_rows, spread
+from sap_fast.batch.rows import pack, pack_pairs
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -64,7 +66,7 @@ def test_a_wrong_contender_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
     @contextmanager
     def wrong(model: torch.nn.Module, given: Given) -> Iterator[Run]:
-        with step_peers.plain(model, given) as run:
+        with peers.plain(model, given) as run:
             yield replace(run, step=lambda: 1.5 * run.step())
 
     monkeypatch.setitem(CONTENDERS, "own-sft", Contender(wrong))

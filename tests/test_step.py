@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sap_fast
-from sap_fast import SAPConfig, passes
-from sap_fast.flat import Flat
+from sap_fast import SAPConfig
+from sap_fast.method import passes
+from sap_fast.method.flat import Flat
 
 
 @every_config
@@ -139,9 +140,9 @@ class _Halves(TorchDispatchMode):
 def test_beneath_the_lowest_probe_the_backward_carries_one_half(family: str, further_norms: int) -> None:
     model, batch = tiny_model(family, ALL_LINEAR, layers=4), random_batch()
     decoder = sap_fast.attach(model, CONFIG)._decoder
-    rows = sap_fast.batch.pack(batch, vocab_size=decoder.vocab_size, device=decoder.device)
+    rows = sap_fast.batch.rows.pack(batch, vocab_size=decoder.vocab_size, device=decoder.device)
     u = Flat.of({name: torch.randn_like(p) for name, p in lora(model).items()})
-    probe = sap_fast.probe.Probe.zeros((1,), 32, decoder.device, torch.float64)
+    probe = sap_fast.method.probe.Probe.zeros((1,), 32, decoder.device, torch.float64)
     with decoder.installed(), _Halves() as halves:
         passes.dual(decoder, [passes.Micro(rows, None)], probe, u)
     # The probe sits on layer 1's output: layers 0 and 1 lie beneath it, 2 and 3 above.
@@ -212,7 +213,7 @@ def test_gradients_accumulate_as_in_pytorch() -> None:
 )
 def test_the_outer_pass_restarts_above_the_probe(restart: str, micros: int, calls: int) -> None:
     """Layers 0 and 1 lie beneath the probe on layer 1: stored, they are not run again."""
-    from sap_fast.decoder import Layer
+    from sap_fast.model.decoder import Layer
 
     model, real, seen = tiny_model(), Layer.forward, [0]
 

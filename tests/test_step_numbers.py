@@ -20,8 +20,9 @@ from steps import CONFIG, CONFIGS, gap, grads, two_steps
 from torch import nn
 
 import sap_fast
-from sap_fast import StepRefusedError, passes
-from sap_fast.flat import Flat
+from sap_fast import StepRefusedError
+from sap_fast.method import passes
+from sap_fast.method.flat import Flat
 
 
 def test_report_says_what_the_probe_does() -> None:

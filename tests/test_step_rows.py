@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import models
-from benchmarks.step_rows import PUBLISHED, Given, Shapes, lengths, rows, scored
+from benchmarks.common import models
+from benchmarks.step.batches import PUBLISHED, Given, Shapes, lengths, rows, scored
 from sap_fast import SAPConfig
-from sap_fast.convert import read_decoder
-from sap_fast.packing import Packer
+from sap_fast.batch.packer import Packer
+from sap_fast.model.read import read_decoder
 
 SHAPES = Shapes(4, 40, 2, 40)
 

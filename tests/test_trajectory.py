@@ -9,11 +9,12 @@ from reimplementation import trajectory
 from torch import nn
 
 import sap_fast
-from sap_fast import SAPConfig, passes
-from sap_fast.batch import pack
-from sap_fast.convert import read_decoder
-from sap_fast.flat import Flat
-from sap_fast.probe import Probe
+from sap_fast import SAPConfig
+from sap_fast.batch.rows import pack
+from sap_fast.method import passes
+from sap_fast.method.flat import Flat
+from sap_fast.method.probe import Probe
+from sap_fast.model.read import read_decoder
 
 STEPS, LAYERS = 20, (1, 2)
 

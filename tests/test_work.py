@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from benchmarks.work import Shape, Tokens, Work, traversal
+from benchmarks.floor.work import Shape, Tokens, Work, traversal
 
 SMALL = Shape(hidden=48, inner=80, layers=5, vocab=100, heads=4, kv_heads=2, head_dim=16)
 

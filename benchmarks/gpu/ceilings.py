@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.ceiling import Ceiling
+from benchmarks.common.ceiling import Ceiling
 from benchmarks.gpu import results
 
 VISITS = 5

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import models
+from benchmarks.common import record
 from benchmarks.gpu import ops_table, results
 
 PAGE = "profile.html"
@@ -26,13 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.keep", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", type=Path, metavar="DIR", help="the --out of a run of benchmarks.gpu")
-    parser.add_argument("--results", type=Path, default=models.ROOT / "benchmarks/results", help="where to write to")
+    parser.add_argument("--results", type=Path, default=record.ROOT / "benchmarks/results", help="where to write to")
     args = parser.parse_args(argv)
     lines = results.read(args.run / results.NAME)
     if not lines:
         parser.error(f"{args.run} holds no {results.NAME}; name the --out of a run of benchmarks.gpu")
     path = args.results / f"{name(lines)}.json"
-    models.write(path, kept(lines))
+    record.write(path, kept(lines))
     print(path)
     if (args.run / PAGE).exists():
         print(shutil.copy(args.run / PAGE, path.with_suffix(".html")))

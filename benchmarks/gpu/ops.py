@@ -9,10 +9,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.device_timer import DeviceTimer, Flush
+from benchmarks.common.device_timer import DeviceTimer, Flush
 from benchmarks.gpu import subjects
 from benchmarks.gpu.subjects import Stage, Subject, Visit
-from benchmarks.peers import AbsentError
+from benchmarks.ops.peers import AbsentError
 from sap_fast.ops._library import launchers_on_cpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.contenders import PASSES
 from benchmarks.gpu.results import Item
 from benchmarks.gpu.subjects import MANY, ROW_WISE, Visit
+from benchmarks.ops.contenders import PASSES
 
 Row = dict[str, Any]
 

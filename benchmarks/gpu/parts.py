@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import models
+from benchmarks.common import record
 from benchmarks.gpu import cache, results
 from benchmarks.gpu.processes import FATAL, Command, Runner, Tests, grace_of
 from sap_fast.ops._cases import every_op
@@ -63,8 +63,8 @@ TINY_CONTENDERS = ("tidy", "plain-sft", "own-sft", "lagged")
 
 
 def environment(*, tiny: bool) -> dict[str, Any]:
-    """Where a run takes place: see :func:`benchmarks.models.environment`."""
-    return models.environment("cpu" if tiny or not torch.cuda.is_available() else "cuda")
+    """Where a run takes place: see :func:`benchmarks.common.record.environment`."""
+    return record.environment("cpu" if tiny or not torch.cuda.is_available() else "cuda")
 
 
 def unfit(args: argparse.Namespace) -> str | None:
@@ -263,7 +263,7 @@ def profile(run: Run) -> None:
     arguments = ["--out", str(folder), *_device(run), *_data(run)]
     tiny, real = ["--model", "tiny", "--small", "--steps", "1"], ["--model", MODEL, "--steps", "3"]
     arguments += tiny if run.args.tiny else real
-    run.command(run.python("profile", "benchmarks.step_profile", *arguments, rows=False), PROFILE)
+    run.command(run.python("profile", "benchmarks.step.profile", *arguments, rows=False), PROFILE)
     if (folder / "profile.html").exists():
         shutil.copy(folder / "profile.html", run.args.out / "profile.html")
     if (folder / "profile.json").exists():

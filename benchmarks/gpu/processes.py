@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.record import ROOT
 from benchmarks.gpu import results
 from benchmarks.gpu.reporter import FATAL
 from benchmarks.gpu.results import DIED, HUNG, Item
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 # Of a stage's time, the end in which nothing new begins and what runs may finish: seconds, and at most that share.
 GRACE, GRACE_SHARE = 12.0, 0.25
 # Processes that end, or do nothing, before their first test: as many are tried for a share.

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import sap_fast
-from benchmarks import models
+from benchmarks.common import models
 from benchmarks.gpu import subjects
 from benchmarks.gpu.cases import DTYPES, MODES, SmokeCase, smoke_cases
-from benchmarks.published_parts import trained
-from benchmarks.step import wake
-from benchmarks.step_rows import PUBLISHED, Batch, rows
+from benchmarks.published.parts import trained
+from benchmarks.step.bases import wake
+from benchmarks.step.batches import PUBLISHED, Batch, rows
 from sap_fast import SAPConfig
 from sap_fast.ops._cases import derive, run
 from sap_fast.ops._library import launchers_on_cpu
@@ -35,7 +35,7 @@ TIMES, ROUNDINGS = 4.0, 4.0
 # element, any one element may be off by twice as much: a column that is missing is a small part of a norm.
 GATE, ELEMENT_GATE = 2**-6, 2**-5
 # Of a step: the loss; the gradient of each weight, of its norm, to which roundings add up over the layers
-# (``step_check.py``); of the probe, which is another derivative, the cosine, by the bound of ``benchmarks.fidelity``.
+# (``step/check.py``); of the probe, which is another derivative, the cosine, by the bound of ``benchmarks.fidelity``.
 LOSS_GATE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 GRADIENT_GATE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 LEAST_COSINE = {torch.float32: 0.99999, torch.bfloat16: 0.995}

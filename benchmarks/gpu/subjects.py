@@ -1,6 +1,6 @@
 """What is timed on a GPU, by whom it is done, and how each is found right before it is timed.
 
-A :class:`Subject` is an op at a size of a model; ``contenders.py`` says who its contenders are.
+A :class:`Subject` is an op at a size of a model; ``ops/contenders.py`` says who its contenders are.
 """
 
 import itertools
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from benchmarks.contenders import PASSES, Contender, Recorder, check, contender
-from benchmarks.peers import PEERS
+from benchmarks.ops.contenders import PASSES, Contender, Recorder, check, contender
+from benchmarks.ops.peers import PEERS
 from sap_fast.ops._cases import Case, OpCases, Problem, derive, every_op, normal, pose
 from sap_fast.ops.take_rows import RowIndex
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import step_targets
 from benchmarks.gpu import ops_table, results
 from benchmarks.gpu.cases import DTYPES, MODES
 from benchmarks.gpu.results import DIED, FAILED, HUNG, PASSED, SKIPPED, WRONG, Item
+from benchmarks.step import targets
 from sap_fast.ops._cases import every_op
 
 NAME, TRACEBACKS = "table.txt", "tracebacks.txt"
@@ -226,8 +226,8 @@ def _steps(lines: Lines) -> list[str]:
         rows = [dict(row) for row in found.values() if row["stage"] == "step"]
         model = next((row["model"] for row in facts if "model" in row), "")
         # From the rows, so that a run that was cut off has its verdicts too.
-        targets = step_targets.verdicts(rows, digests, run["environment"]["device"], model)
-        text += _measured(step_targets.lines(targets))
+        verdicts = targets.verdicts(rows, digests, run["environment"]["device"], model)
+        text += _measured(targets.lines(verdicts))
     return [*dict.fromkeys(text), *_digests(digests)]
 
 

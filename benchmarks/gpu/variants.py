@@ -7,7 +7,7 @@ what they would launch is compiled alone, for as few rows as there are variants 
 import pytest
 import torch
 
-from benchmarks.compiled import compiling
+from benchmarks.common.compiled import compiling
 from benchmarks.gpu import subjects
 from benchmarks.gpu.cases import DTYPES, MODES, smallest, smoke_cases
 from benchmarks.gpu.subjects import Subject

@@ -17,7 +17,6 @@ from torch import nn
 from sap_fast.cli import output
 from sap_fast.cli.arguments import parse
 from sap_fast.cli.comparison import Point, Run, Settings, at_equal_loss, fine_tune, point
-from sap_fast.cli.environment import environment
 from sap_fast.cli.errors import CommandError
 from sap_fast.cli.eval import table
 from sap_fast.cli.figure import draw
@@ -26,6 +25,7 @@ from sap_fast.cli.models import load_model, load_tokenizer, quiet
 from sap_fast.cli.train import Data, describe, write_adapter
 from sap_fast.config import SAPConfig
 from sap_fast.data import benign_examples, encode_pairs, encode_tasks, safety_pairs
+from sap_fast.environment import environment
 from sap_fast.evaluation.measure import Suite, embedded_suite, measure
 
 MAX_LENGTH = 256

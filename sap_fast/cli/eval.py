@@ -14,9 +14,9 @@ import torch
 
 from sap_fast.cli import output
 from sap_fast.cli.arguments import parse
-from sap_fast.cli.environment import environment
 from sap_fast.cli.errors import CommandError
 from sap_fast.cli.models import base_of, is_adapter, is_folder, load_tokenizer, load_with_adapter, quiet
+from sap_fast.environment import environment
 from sap_fast.evaluation.measure import Measured, Suite, measure, suite_from
 
 HEADS = {

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sap_fast.cli.environment import attention_backends, backends, devices, environment, optional_versions
+from sap_fast.environment import attention_backends, backends, devices, environment, optional_versions
 
 _HEADS = ("operation", "on cpu", "on cuda")
 

@@ -20,7 +20,7 @@ from sap_fast.cli.models import is_adapter, load_model, load_tokenizer
 from sap_fast.cli.train import add_adapter
 from sap_fast.data import Collator, Encoded, encode_pairs, encode_tasks
 from sap_fast.hf.trainer import shuffled_rounds
-from sap_fast.profile.files import why_taken
+from sap_fast.profiling.files import why_taken
 
 
 @dataclass

@@ -17,13 +17,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sap_fast.cli import output
 from sap_fast.cli.arguments import parse
-from sap_fast.cli.environment import environment
 from sap_fast.cli.errors import CommandError
 from sap_fast.cli.main import INTERRUPTED
 from sap_fast.cli.method import MethodArguments
 from sap_fast.cli.models import is_adapter, load_model, load_tokenizer, quiet
 from sap_fast.config import SAPConfig
 from sap_fast.data import Collator, Encoded, encode_pairs, encode_tasks
+from sap_fast.environment import environment
 from sap_fast.evaluation import margins, task_loss
 from sap_fast.hf import SAPTrainer
 

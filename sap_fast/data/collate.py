@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sap_fast.batch import IGNORED
+from sap_fast.batch.rows import IGNORED
 from sap_fast.data.encode import Tokens, encode_pairs, encode_tasks
 from sap_fast.data.examples import Example, Pair
 from sap_fast.errors import DataError

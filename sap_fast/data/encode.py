@@ -7,7 +7,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sap_fast.batch import IGNORED
+from sap_fast.batch.rows import IGNORED
 from sap_fast.data.files import Row, Table, read_table
 from sap_fast.data.formats import Conversation, Exchange, Message, Text, read_pairs, read_task
 from sap_fast.errors import DataError

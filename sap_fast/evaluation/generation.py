@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sap_fast.convert import base_model
 from sap_fast.data.formats import Conversation
 from sap_fast.errors import DataError
 from sap_fast.evaluation.likelihood import evaluating
+from sap_fast.model.read import base_model
 
 _BATCH = 16
 

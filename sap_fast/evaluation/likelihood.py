@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sap_fast.batch import IGNORED
+from sap_fast.batch.rows import IGNORED
 from sap_fast.data.collate import Collator
 from sap_fast.data.encode import Tokens
 

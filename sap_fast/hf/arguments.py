@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sap_fast.convert import base_model
+from sap_fast.model.read import base_model
 
 # Optimizers that step inside backward, layer by layer: a step's gradient is only known as a whole.
 _INSIDE_BACKWARD = ("lomo", "adalomo", "layerwise")

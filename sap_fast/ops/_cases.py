@@ -1,7 +1,7 @@
 """What an op is tried on, read by its tests and by its benchmarks alike.
 
 Every op folder fills one :class:`OpCases` in its ``cases.py``; ``tests/test_ops.py`` and
-``benchmarks/bench_ops.py`` find it there, and an op without that file has neither.
+``benchmarks/ops/bench_ops.py`` find it there, and an op without that file has neither.
 
 A :class:`Problem` is one case made concrete, as stacks (see ``sap_fast/dual.py``). The leading
 dimensions of its inputs ``[S, ...]`` and cotangents ``[n, ...]`` say what is asked for: a full pair

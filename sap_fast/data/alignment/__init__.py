@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct taught to refuse: where the demonstration starts.
 
 The model as it ships hardly refuses anything, so fine-tuning has nothing to wear away. A small LoRA adapter, made by
-``make.py`` in this folder from the package's own texts, is merged into it once; the result is kept in the user's cache.
+``benchmarks/make_alignment.py`` from the package's own texts, is merged into it once; the result is kept in the user's
+cache.
 """
 
 import hashlib

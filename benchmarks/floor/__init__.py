@@ -1,0 +1,1 @@
+"""The least time that a step can take: see ``python -m benchmarks.floor``."""

@@ -1,0 +1,1 @@
+"""Operations one by one, against the rules they replace and against others' kernels."""

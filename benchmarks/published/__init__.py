@@ -1,0 +1,1 @@
+"""The published step, on transformers' and PEFT's own forward."""

@@ -1,0 +1,1 @@
+"""A whole training step against others, on the same tokens: see ``python -m benchmarks.step``."""

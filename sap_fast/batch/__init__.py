@@ -1,0 +1,1 @@
+"""A user's dict becomes rows: checked, packed, sent to the device."""

@@ -1,0 +1,58 @@
+"""Packs what a step is given, for one model and one configuration."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sap_fast.batch.prefixes import share_prefixes
+from sap_fast.batch.rows import HostBatch, Rows, packed, read, read_pairs
+from sap_fast.batch.transfer import fetched
+from sap_fast.config import SAPConfig
+from sap_fast.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Checks and packs batches on the host; see ``sap_fast/batch/rows.py``.
+
+    ``shares_tasks, shares_pairs``: whether sequences share the rows of what they begin with in common.
+    """
+
+    vocab_size: int
+    embeddings: int
+    device: torch.device
+    shares_tasks: bool
+    shares_pairs: bool
+
+    @classmethod
+    def of(cls, decoder: Decoder, config: SAPConfig) -> "Packer":
+        shares, embeddings = config.share_prefixes, decoder.embedding.num_embeddings
+        # Dropout gives each token of the task a mask of its own; the direction is computed without.
+        return cls(decoder.vocab_size, embeddings, decoder.device, shares and not decoder.drops_out(), shares)
+
+    def fetched(self, batches: Sequence[Any]) -> list[Any]:
+        """Batches on the host: all that lies on the device is waited for at once, not batch after batch."""
+        return fetched(batches, self.device)
+
+    def read(self, batch: Mapping[str, Tensor], name: str = "batch") -> HostBatch:
+        """A task batch, checked, on the host."""
+        return read(batch, **self._limits, name=name)
+
+    def read_pairs(self, pairs: Mapping[str, Tensor]) -> HostBatch:
+        """Pairs, checked, on the host."""
+        return read_pairs(pairs, **self._limits)
+
+    def task(self, batch: HostBatch) -> Rows:
+        """A task batch as it is computed on, still on the host."""
+        return share_prefixes(packed(batch)) if self.shares_tasks else packed(batch)
+
+    def pairs(self, pairs: HostBatch) -> Rows:
+        """Pairs as they are computed on, still on the host."""
+        return share_prefixes(packed(pairs)) if self.shares_pairs else packed(pairs)
+
+    @property
+    def _limits(self) -> dict[str, Any]:
+        return {"vocab_size": self.vocab_size, "embeddings": self.embeddings, "device": self.device}

@@ -1,0 +1,1 @@
+"""What Safety-Aware Probing computes: passes, direction, probe, guard, and what comes of a step."""

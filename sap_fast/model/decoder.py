@@ -1,0 +1,400 @@
+"""The library's own decoder loop over a model's weights: an ordinary pass (S = 1) or a pair (S = 2).
+
+The model's modules hold the weights and nothing else here; what runs is the ops of ``sap_fast.ops``. A layer
+hands on the residual stream and its own update separately, because their sum is taken, together with the
+probe, inside the next norm:
+
+    h, y = probe_rms_norm(residual, update, probe of the layer before)
+    h, y = probe_rms_norm(h, attention(y));  hand on (h, mlp(y))
+
+Families that normalise an output before it is added (sandwich norms) have ``rms_norm`` around ``attention(y)`` and
+``mlp(y)``: what is handed on stays the residual stream and the summand, so the probe and the scale of a layer's
+output keep their meaning.
+
+Beneath the lowest probe the primal half needs no gradient, so the ops there run their half backward.
+
+Several passes can be run together: a layer's forward is a generator for one of them, which hands out what goes into
+linear maps and is handed back what comes out, and the maps take the rows of all passes at once.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sap_fast.batch.rows import Rows
+from sap_fast.dual import halves
+from sap_fast.model.lockstep import lockstep
+from sap_fast.ops import (
+    LoRATarget,
+    Part,
+    attention,
+    glu,
+    linear_cross_entropy,
+    lora_linear_together,
+    probe_rms_norm,
+    rms_norm,
+    rotary,
+    take_rows,
+)
+from sap_fast.ops._library import compute_dtype
+from sap_fast.ops.lora_linear.float8 import Float8Weight
+
+Weights = Mapping[str, Tensor]
+Pair = tuple[Tensor, Tensor | None]
+# What a traversal hands out, the maps' input and the maps, and is handed back, their outputs.
+Asked = tuple[Pair, Sequence["Projection"]]
+
+
+class Stream(NamedTuple):
+    """What one layer hands to the next: ``[rows, d]`` each; tangents None in an ordinary pass.
+
+    ``update`` is None before the first layer, whose norm reads the embeddings alone.
+    """
+
+    residual: Tensor
+    residual_dot: Tensor | None
+    update: Tensor | None = None
+    update_dot: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is constant over one traversal of the decoder.
+
+    ``theta`` holds the values of all LoRA tensors by name. ``theta_dot`` holds the direction, and makes the pass
+    a pair; gradients go to it (see :func:`sap_fast.ops.lora_linear`), else to ``theta``. ``probe`` holds
+    ``[S, d]`` stacks by layer. ``seed`` draws the dropout masks; None is a pass without dropout. ``rotary`` holds
+    ``(cos, sin)`` of every row by the layers' ``rotary_type``. ``float8`` holds frozen weights in float8 by module,
+    where products of this pass are to be formed in that.
+    """
+
+    rows: Rows
+    theta: Weights
+    theta_dot: Weights | None
+    probe: Mapping[int, Tensor]
+    seed: Tensor | None
+    rotary: Mapping[str | None, tuple[Tensor, Tensor]]
+    float8: Mapping[nn.Module, Float8Weight] | None = None
+    rms: dict[int, Tensor] = field(default_factory=dict)  # per-row RMS of each probed layer's output [rows]
+
+    @property
+    def is_pair(self) -> bool:
+        return self.theta_dot is not None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm module and how to read it: what is added to its weight, and the name of its epsilon."""
+
+    module: Any
+    offset: float
+    eps_name: str
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight.detach()
+
+    @property
+    def eps(self) -> float:
+        return float(getattr(self.module, self.eps_name))
+
+    def __call__(self, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The norm of a pair over its last dimension."""
+        # The op has one dimension of rows; of heads that are packed, rows and heads flatten without a copy.
+        flat, flat_dot = x.flatten(0, -2), None if x_dot is None else x_dot.flatten(0, -2)
+        y, y_dot = rms_norm(flat, flat_dot, self.weight, eps=self.eps, offset=self.offset)
+        return y.view(x.shape), None if y_dot is None else y_dot.view(x.shape)
+
+    def of_sum(
+        self, stream: "Stream", probe: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+        """``(h, h_dot, y, y_dot, rstd)``: the sum of the stream and the probe, and its norm."""
+        residual, residual_dot, update, update_dot = stream
+        assert update is not None  # a layer has run
+        return probe_rms_norm(
+            residual, residual_dot, update, update_dot, probe, self.weight, eps=self.eps, offset=self.offset
+        )
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear module, with the names of its LoRA tensors where it has an active adapter.
+
+    ``lora`` is PEFT's layer around it, if there is one; without an active adapter it computes what its base does.
+    """
+
+    base: nn.Linear
+    lora: Any = None  # PEFT's LoRA Linear
+    adapter: str = ""
+    a: str = ""
+    b: str = ""
+    salt: int = 0
+
+    def target(self, run: Pass) -> LoRATarget:
+        weight = self.base.weight.detach()
+        bias = None if self.base.bias is None else self.base.bias.detach()
+        float8 = None if run.float8 is None else run.float8[self.base]
+        if not self.adapter:
+            return LoRATarget(weight, bias, float8=float8)
+        drop, dot = self.lora.lora_dropout[self.adapter], run.theta_dot
+        dropping = run.seed is not None and drop.training and isinstance(drop, nn.Dropout)
+        return LoRATarget(
+            weight,
+            bias,
+            run.theta[self.a],
+            run.theta[self.b],
+            None if dot is None else dot[self.a],
+            None if dot is None else dot[self.b],
+            self.lora.scaling[self.adapter],
+            drop.p if dropping else 0.0,
+            self.salt,
+            float8,
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: its parts, and its forward on a stream."""
+
+    module: nn.Module
+    norm_before_attention: Norm
+    norm_after_attention: Norm | None
+    norm_before_mlp: Norm
+    norm_after_mlp: Norm | None
+    qkv: tuple[Projection, Projection, Projection]
+    q_norm: Norm | None
+    k_norm: Norm | None
+    o: Projection
+    gate_up: tuple[Projection, Projection]
+    down: Projection
+    head_dim: int
+    scale: float
+    window: int | None
+    rotary_type: str | None  # which of a Pass's tables turns queries and keys; None where all layers share one
+    activation: str
+    attention: Callable[..., tuple[Tensor, Tensor | None]] = attention  # or what attention_backends chose
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return (*self.qkv, self.o, *self.gate_up, self.down)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        stream = self.norm_before_attention, self.norm_after_attention, self.norm_before_mlp, self.norm_after_mlp
+        return tuple(norm for norm in (*stream, self.q_norm, self.k_norm) if norm is not None)
+
+    def forward(
+        self, streams: Sequence[Stream], probes: Sequence[Tensor | None], runs: Sequence[Pass]
+    ) -> list[tuple[Stream, Tensor | None]]:
+        """Run the layer for one pass, or for several together, of which only the first may be a pair.
+
+        Args:
+            streams, probes, runs: of each pass; a probe is that of the layer before, added to the stream here.
+
+        Returns:
+            Of each pass the stream, and ``rstd [rows]`` of the sum (None in the first layer, which has none).
+        """
+        return lockstep(
+            [self._traverse(*each) for each in zip(streams, probes, runs, strict=True)],
+            lambda asked: lora_linear_together(
+                [Part(*x, [p.target(run) for p in maps], run.seed) for (x, maps), run in zip(asked, runs, strict=True)]
+            ),
+        )
+
+    def _traverse(
+        self, stream: Stream, probe: Tensor | None, run: Pass
+    ) -> Generator[Asked, list[Pair], tuple[Stream, Tensor | None]]:
+        residual, residual_dot, update, _ = stream
+        rstd: Tensor | None = None
+        if update is None:
+            y, y_dot = self.norm_before_attention(residual, residual_dot)
+        else:
+            residual, residual_dot, y, y_dot, rstd = self.norm_before_attention.of_sum(stream, probe)
+        m, m_dot = yield from self._attention(y, y_dot, run)
+        if self.norm_after_attention is not None:
+            m, m_dot = self.norm_after_attention(m, m_dot)
+        residual, residual_dot, y, y_dot, _ = self.norm_before_mlp.of_sum(Stream(residual, residual_dot, m, m_dot))
+        m, m_dot = yield from self._mlp(y, y_dot)
+        if self.norm_after_mlp is not None:
+            m, m_dot = self.norm_after_mlp(m, m_dot)
+        return Stream(residual, residual_dot, m, m_dot), rstd
+
+    def _attention(self, y: Tensor, y_dot: Tensor | None, run: Pass) -> Generator[Asked, list[Pair], Pair]:
+        qkv = yield (y, y_dot), self.qkv
+        (q, q_dot), (k, k_dot), (v, v_dot) = ((self._heads(x), self._heads(x_dot)) for x, x_dot in qkv)
+        if self.q_norm is not None:
+            q, q_dot = self.q_norm(q, q_dot)
+        if self.k_norm is not None:
+            k, k_dot = self.k_norm(k, k_dot)
+        q, q_dot, k, k_dot = rotary(q, q_dot, k, k_dot, *run.rotary[self.rotary_type])
+        rows, shared = run.rows, run.rows.shared
+        options: dict[str, Any] = {"max_seqlen": rows.max_seqlen, "scale": self.scale, "window": self.window}
+        if shared is not None:
+            (k, k_dot), (v, v_dot) = take_rows([(k, k_dot), (v, v_dot)], shared.spread)
+            options |= {"cu_seqlens_k": shared.cu_seqlens, "max_seqlen_k": shared.max_seqlen}
+        o, o_dot = self.attention(q, q_dot, k, k_dot, v, v_dot, rows.cu_seqlens, **options)
+        o, o_dot = o.flatten(1), None if o_dot is None else o_dot.flatten(1)
+        ((m, m_dot),) = yield (o, o_dot), (self.o,)
+        return m, m_dot
+
+    def _heads(self, x: Any) -> Any:
+        """``[rows, heads * head_dim]`` as ``[rows, heads, head_dim]``; None stays None."""
+        return None if x is None else x.unflatten(-1, (-1, self.head_dim))
+
+    def _mlp(self, y: Tensor, y_dot: Tensor | None) -> Generator[Asked, list[Pair], Pair]:
+        (gate, gate_dot), (up, up_dot) = yield (y, y_dot), self.gate_up
+        y, y_dot = glu(gate, gate_dot, up, up_dot, activation=self.activation)
+        ((m, m_dot),) = yield (y, y_dot), (self.down,)
+        return m, m_dot
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model's decoder, read by ``read.py``."""
+
+    layers: tuple[Layer, ...]
+    embedding: nn.Embedding
+    embed_scale: str | None  # the attribute of the embedding by which its output is multiplied
+    norm: Norm
+    head: nn.Linear
+    rotary_embedding: Any
+    adapters: Weights  # every LoRA tensor of the active adapter, by name
+    trained: Mapping[str, nn.Parameter]  # those that require grad: theta
+    float8: Mapping[nn.Module, Float8Weight] | None = field(default=None, kw_only=True)  # frozen weights, for pairs
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.embedding.weight.shape[1]
+
+    def drops_out(self) -> bool:
+        """Whether any adapter's dropout is live."""
+        adapted = [p for layer in self.layers for p in layer.projections if p.adapter]
+        drops = [p.lora.lora_dropout[p.adapter] for p in adapted]
+        return any(isinstance(drop, nn.Dropout) and drop.training and drop.p > 0 for drop in drops)
+
+    def enter(self, part: Literal["direction", "task", "update", "write"]) -> None:
+        """Called where a part of a step begins. Nothing happens here; a profiler's decoder takes the time."""
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Let each layer module's ``__call__`` run the library's forward, for the duration of a step.
+
+        Going through ``__call__`` runs what wraps a layer's call, such as the hooks that gather sharded weights.
+        The forward is taken off whatever happens; it must stay while backward runs, since a checkpointed layer is
+        called again there.
+        """
+        put: list[nn.Module] = []
+        try:
+            for layer in self.layers:
+                put.append(layer.module)
+                layer.module.forward = layer.forward
+            yield
+        finally:
+            for module in put:
+                module.__dict__.pop("forward", None)
+
+    def start(
+        self,
+        rows: Rows,
+        seed: Tensor | None,
+        *,
+        theta: Weights | None = None,
+        theta_dot: Weights | None = None,
+        probe: Mapping[int, Tensor] | None = None,
+    ) -> Pass:
+        """Prepare a traversal.
+
+        Args:
+            rows: a packed batch.
+            seed: int64 scalar that draws the dropout masks; None is a pass without dropout.
+            theta: values to use instead of the model's, by name; absent ones are the model's own.
+            theta_dot: the direction by name, which makes the pass a pair; weights it lacks do not move.
+            probe: ``[S, d]`` stacks by layer.
+        """
+        theta = {**self.adapters, **(theta or {})}
+        if theta_dot is not None:
+            theta = {name: value.detach() for name, value in theta.items()}
+            frozen = {n: torch.zeros_like(v, dtype=torch.float32) for n, v in theta.items() if n not in theta_dot}
+            theta_dot = {**theta_dot, **frozen}
+        with torch.no_grad():
+            like = torch.empty(0, dtype=compute_dtype(self.embedding.weight), device=self.device)
+            tables = {}
+            for kind in {layer.rotary_type for layer in self.layers}:
+                which = {} if kind is None else {"layer_type": kind}
+                cos, sin = self.rotary_embedding(like, rows.position_ids[None], **which)
+                tables[kind] = cos[0], sin[0]
+        return Pass(rows, theta, theta_dot, probe or {}, seed, tables, None if theta_dot is None else self.float8)
+
+    def embed(self, run: Pass) -> Stream:
+        """The stream that enters the first layer. Embeddings are frozen, so their tangent is zero."""
+        with torch.no_grad():
+            x = F.embedding(run.rows.input_ids, self.embedding.weight)
+            if self.embed_scale is not None:
+                x *= getattr(self.embedding, self.embed_scale).to(x.dtype)
+            if not run.is_pair:
+                return Stream(x, None)
+            pair = x.new_zeros((2, *x.shape))
+            pair[0] = x
+            return Stream(*halves(pair))
+
+    def run_layers(self, run: Pass, stream: Stream, start: int, stop: int) -> Stream:
+        """Run layers ``start`` to ``stop - 1``; the stream is that which left layer ``start - 1``."""
+        return self.run_together([run], [stream], start, stop)[0]
+
+    def run_together(self, runs: Sequence[Pass], streams: Sequence[Stream], start: int, stop: int) -> list[Stream]:
+        """... of several passes, with one frozen product for the rows of all; only the first may be a pair."""
+        for i in range(start, stop):
+            module, probes = self.layers[i].module, [run.probe.get(i - 1) for run in runs]
+            # nn.Module's own __call__: some versions of transformers checkpoint in the layer class's.
+            call = partial(nn.Module.__call__, module)
+            if module.training and getattr(module, "gradient_checkpointing", False):
+                # Dropout masks are functions of the seed: recomputation needs no generator state.
+                call = partial(checkpoint, call, use_reentrant=False, preserve_rng_state=False)
+            streams, rstds = zip(*call(streams, probes, runs), strict=True)
+            for run, probe, rstd in zip(runs, probes, rstds, strict=True):
+                if probe is not None:
+                    run.rms[i - 1] = _rms(rstd, self.layers[i].norm_before_attention.eps)
+        return list(streams)
+
+    def score(self, run: Pass, stream: Stream) -> tuple[Tensor, Tensor | None]:
+        """Final norm and head on the rows that predict a scored token: ``(nll, nll_dot) [scored]``; 0 of dead ones."""
+        last, norm, labelled, padding = len(self.layers) - 1, self.norm, run.rows.labelled, run.rows.padding
+        probed = last in run.probe
+        # Only scored rows matter from here on; but a probe on the last layer takes its scale from all of them.
+        if not probed:
+            residual, residual_dot, update, update_dot = stream
+            assert update is not None  # a layer has run
+            summands = take_rows([(residual, residual_dot), (update, update_dot)], labelled)
+            stream = Stream(*summands[0], *summands[1])
+        _, _, y, y_dot, rstd = norm.of_sum(stream, run.probe.get(last))
+        if probed:
+            run.rms[last] = _rms(rstd, norm.eps)
+            ((y, y_dot),) = take_rows([(y, y_dot)], labelled)
+        nll, nll_dot = linear_cross_entropy(y, y_dot, self.head.weight.detach(), run.rows.labels)
+        if padding is None:
+            return nll, nll_dot
+        # Not a product with 0, which would let through what is not finite.
+        return nll.masked_fill(padding.labels, 0), None if nll_dot is None else nll_dot.masked_fill(padding.labels, 0)
+
+    def forward(self, run: Pass) -> tuple[Tensor, Tensor | None]:
+        """The whole traversal: ``(nll, nll_dot) [scored]``."""
+        return self.score(run, self.run_layers(run, self.embed(run), 0, len(self.layers)))
+
+
+def _rms(rstd: Tensor, eps: float) -> Tensor:
+    return (rstd.pow(-2) - eps).clamp_min(0).sqrt()

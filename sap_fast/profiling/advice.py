@@ -1,0 +1,140 @@
+"""What would cut a SAP step's time, and by how much: predicted from the measured times of its phases alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sap_fast.config import SAPConfig
+from sap_fast.profiling.contenders import kinds
+from sap_fast.profiling.phases import DIRECTION, PASSES
+
+# Less than this share of the time is not worth a word.
+_LEAST = 0.02
+
+
+@dataclass(frozen=True)
+class Advice:
+    """``changes`` to the settings, the ratio to plain SFT that they are predicted to give, and a sentence."""
+
+    changes: Mapping[str, Any]
+    predicted_ratio: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of a step's parts, by its phases.
+
+    Attributes:
+        direction: of a step that finds one.
+        passes: over the task batch, in a step that finds a probe.
+        ordinary: over the task batch by an ordinary pass.
+        rest: everything else.
+        ordinary_rest: everything else in a step without a direction and a probe.
+        tangents: the share of sequences with tangents.
+        pairs: how many a direction was found from.
+    """
+
+    direction: float
+    passes: float
+    ordinary: float
+    rest: float
+    ordinary_rest: float
+    tangents: float
+    pairs: int
+
+    @classmethod
+    def of(
+        cls, full: Mapping[str, float], plain: Mapping[str, float], config: SAPConfig, batch: int, pairs: int
+    ) -> "Parts":
+        """From phase times.
+
+        Args:
+            full: seconds by phase of a step that finds a direction and, where the settings use one, a probe.
+            plain: of a step without: SAP's own, or else plain fine-tuning's.
+            batch: sequences of a batch; pairs: pairs given to a step.
+        """
+        direction = sum(full.get(phase, 0.0) for phase in DIRECTION)
+        passes = sum(full.get(phase, 0.0) for phase in PASSES)
+        ordinary = sum(plain.get(phase, 0.0) for phase in PASSES)
+        # Pairs are checked and packed in every step.
+        packing = max(0.0, full.get("data", 0.0) - plain.get("data", 0.0))
+        return cls(
+            direction=direction,
+            passes=passes,
+            ordinary=ordinary if config.uses_probe else passes,
+            rest=sum(full.values()) - direction - passes,
+            ordinary_rest=sum(plain.values()) - ordinary + packing,
+            tangents=_tangents(config, batch),
+            pairs=min(config.pairs_per_step or pairs, pairs),
+        )
+
+    def seconds(self, config: SAPConfig, batch: int, pairs: int) -> float:
+        """Of an average step under ``config``."""
+        direction = self.direction * min(config.pairs_per_step or pairs, pairs) / self.pairs
+        passes = self.passes
+        if _carries_tangents(config):
+            extra = max(0.0, self.passes - self.ordinary) / self.tangents
+            passes = self.ordinary + extra * _tangents(config, batch)
+        total = 0.0
+        for kind in kinds(config):
+            step = passes + self.rest if kind.probes else self.ordinary + self.ordinary_rest
+            total += kind.weight * (step + (direction if kind.directs else 0.0))
+        return total
+
+
+def advise(parts: Parts, config: SAPConfig, batch: int, pairs: int, ratio: float) -> list[Advice]:
+    """Changes to the settings that are predicted to save something, the largest gain first.
+
+    Args:
+        parts: as measured under ``config``.
+        batch: sequences of a batch; pairs: pairs given to a step.
+        ratio: of SAP's step to plain SFT's, as measured.
+    """
+    now = parts.seconds(config, batch, pairs)
+    found = []
+    for changes in _candidates(config, batch, parts.pairs):
+        then = parts.seconds(config.replace(**changes), batch, pairs)
+        if then < (1 - _LEAST) * now:
+            predicted = ratio * then / now
+            said = ", ".join(f"{name}={value}" for name, value in changes.items())
+            reason = _reason(parts, config, changes, now)
+            text = f"{said} predicts {predicted:.2f}x plain SFT, now {ratio:.2f}x ({reason})"
+            found.append(Advice(changes, predicted, text))
+    return sorted(found, key=lambda advice: advice.predicted_ratio)
+
+
+def _candidates(config: SAPConfig, batch: int, pairs: int) -> list[dict[str, Any]]:
+    rarer: dict[str, Any] = {"direction_every": 4} if config.direction_every < 4 else {}
+    fewer: dict[str, Any] = {}
+    if _carries_tangents(config) and _tangents(config.replace(tangent_fraction=0.25), batch) < _tangents(config, batch):
+        fewer = {"tangent_fraction": 0.25}
+    found = [{"probe_every": every} for every in (4, 8) if config.uses_probe and config.probe_every < every]
+    if config.delayed_direction:
+        # Pairs run in the phases of the task, whose times do not say what is theirs.
+        return found
+    found += [rarer, fewer, rarer | fewer if rarer and fewer else {}]
+    found += [{"pairs_per_step": pairs // 4}] if pairs >= 4 else []
+    return [changes for changes in found if changes]
+
+
+def _reason(parts: Parts, config: SAPConfig, changes: Mapping[str, Any], now: float) -> str:
+    several = kinds(config)
+    direction = sum(kind.weight for kind in several if kind.directs) * parts.direction / now
+    probe = sum(kind.weight for kind in several if kind.probes) * max(0.0, parts.passes - parts.ordinary) / now
+    extra = "tangents" if "tangent_fraction" in changes else "finding the probe"
+    held = []
+    if changes.keys() - {"tangent_fraction"}:
+        held.append(f"the pairs hold {direction:.0%}")
+    if changes.keys() & {"tangent_fraction", "probe_every"} and config.uses_probe:
+        held.append(f"{extra} {probe:.0%}" if held else f"{extra} add {probe:.0%}")
+    return f"of the time {' and '.join(held)}"
+
+
+def _carries_tangents(config: SAPConfig) -> bool:
+    """Whether the number of tangents is what the passes' extra cost goes by; under ``fresh`` a part of it is not."""
+    return config.uses_probe and config.gradient == "dual" and config.schedule == "lagged"
+
+
+def _tangents(config: SAPConfig, batch: int) -> float:
+    return max(1, round(config.tangent_fraction * batch)) / batch

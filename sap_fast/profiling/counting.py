@@ -1,0 +1,93 @@
+"""Counts what a step's phases do: calls of ops, bytes, FLOPs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sap_fast.profiling.flops import matrix_flops
+
+# What allocates or asks, and computes nothing; what only writes; and what reads some rows of its first argument.
+_IDLE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "promote_types"}
+_FILLS = {
+    "zeros",
+    "zeros_like",
+    "new_zeros",
+    "ones",
+    "ones_like",
+    "new_ones",
+    "full",
+    "full_like",
+    "new_full",
+    "arange",
+}
+_GATHERS = {"embedding", "index_select", "gather", "index"}
+
+
+@dataclass
+class Work:
+    """What was done in a phase.
+
+    Attributes:
+        ops: calls of ops by the dispatcher, views and allocations aside; the library's ops count one each.
+        bytes: what these read and wrote, every operand once, by its shape.
+        flops: of their matrix products.
+    """
+
+    ops: float = 0
+    bytes: float = 0
+    flops: float = 0
+
+    def add(self, other: "Work", weight: float = 1.0) -> None:
+        """Add ``weight`` times another's."""
+        self.ops += weight * other.ops
+        self.bytes += weight * other.bytes
+        self.flops += weight * other.flops
+
+
+class Counter(TorchDispatchMode):
+    """Counts while it is active: ``work`` by phase."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work: dict[str, Work] = {}
+        self._phase = ""
+
+    def begin(self, phase: str) -> None:
+        """A phase begins."""
+        self._phase = phase
+        self.work.setdefault(phase, Work())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        if self._phase and not func.is_view and name not in _IDLE:
+            work = self.work[self._phase]
+            work.ops += 1
+            work.flops += matrix_flops(func, args, kwargs, out)
+            work.bytes += _bytes(func, args, kwargs, out)
+        return out
+
+
+def _bytes(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
+    name = func._schema.name.partition("::")[2]
+    read = [] if name in _FILLS else _tensors((args, kwargs))
+    # Ops that write to their arguments may return nothing.
+    written = _tensors(out) or _tensors(
+        [arg for arg, how in zip(args, func._schema.arguments, strict=False) if _changed(how)]
+    )
+    if name in _GATHERS:
+        # Of what they gather from, they read what they write.
+        read = read[1:] + written
+    return sum(x.numel() * x.element_size() for x in (*read, *written))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _changed(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write

@@ -1,0 +1,47 @@
+"""The output folder of a profile."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sap_fast.cli import output
+from sap_fast.profiling.result import Profile
+
+_WRITTEN = ("profile.html", "profile.json", "trace.json")
+
+
+def why_taken(folder: Path, *, overwrite: bool) -> str | None:
+    """Why a profile may not write to ``folder``; None if it may. An earlier profile may be replaced, nothing else."""
+    if folder.exists() and not folder.is_dir():
+        return f"{folder} is a file; name a folder"
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if other := [name for name in held if name not in _WRITTEN]:
+        return f"{folder} holds {', '.join(other[:4])}, which no profile has written; name another folder"
+    if held and not overwrite:
+        return (
+            f"{folder} is not empty ({', '.join(held)}); name another folder, or ask to overwrite the earlier profile "
+            "there (--overwrite, overwrite=True)"
+        )
+    return None
+
+
+def write(profile: Profile, folder: Path, *, overwrite: bool) -> None:
+    """Write a profile's files: all of them, or none.
+
+    Raises:
+        FileExistsError: see :func:`why_taken`.
+    """
+    if reason := why_taken(folder, overwrite=overwrite):
+        raise FileExistsError(reason)
+
+    def fill(scratch: Path) -> None:
+        (scratch / "profile.json").write_text(_json(profile.to_dict()), encoding="utf-8")
+        (scratch / "profile.html").write_text(profile.html(), encoding="utf-8")
+        if profile.trace is not None:
+            (scratch / "trace.json").write_text(profile.trace, encoding="utf-8")
+
+    output.write_folder(folder, fill)
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

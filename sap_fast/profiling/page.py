@@ -1,0 +1,105 @@
+"""A profile as one HTML page: it needs no script and no other file, and reads on paper and on a phone."""
+
+from html import escape
+from typing import Any
+
+from sap_fast.profiling.bars import figure
+from sap_fast.profiling.result import Profile
+from sap_fast.profiling.text import ADVICE, Table, headline, phases, tables, together, totals
+from sap_fast.profiling.units import count, seconds
+
+_TITLE = "Where a training step's time goes"
+
+# On a narrow screen each row of a table becomes a block, its heads written beside its cells.
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 60rem; margin: 0 auto;
+  padding: 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+.lead { font-size: 1.1rem; } .small { font-size: .85rem; color: #555; }
+.bar-title { margin: .8rem 0 .2rem; } svg { display: block; } svg text { font: 13px system-ui, sans-serif; }
+.legend { list-style: none; padding: 0; margin: 1rem 0; display: grid; gap: .25rem 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); font-size: .85rem; }
+.legend li { display: flex; gap: .5rem; align-items: baseline; }
+.swatch { flex: none; min-width: 1.5rem; text-align: center; border-radius: 3px; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 600; border-bottom-color: #888; }
+@media screen and (max-width: 42rem) {
+  thead { display: none; } table, tbody, tr, td { display: block; }
+  tr { padding: .5rem 0; border-bottom: 1px solid #bbb; } td { border: 0; padding: .05rem 0; text-align: left; }
+  td:first-child { font-weight: 600; }
+  td:not(:first-child)::before { content: attr(data-head) ": "; color: #555; }
+}
+@media print {
+  body { font-size: 10pt; max-width: none; padding: 0; }
+  svg, .swatch { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  h2 { break-after: avoid; } tr, li, svg { break-inside: avoid; } thead { display: table-header-group; }
+}
+"""
+
+
+def page(profile: Profile) -> str:
+    """The page, as text."""
+    shown = tables(profile)
+    body = [
+        f"<h1>{_TITLE}</h1>",
+        f"<p class=lead>{escape(headline(profile))}</p>",
+        f"<p class=small>{escape(_place(profile))}</p>",
+        figure(shown),
+        "<h2>Whole steps</h2>",
+        _table(totals(profile)),
+    ]
+    for title, costs in shown:
+        body += [f"<h2>{escape(title)}: {seconds(together(costs))} in phases</h2>", _table(phases(costs))]
+    if profile.advice:
+        items = "".join(f"<li>{escape(advice.text)}</li>" for advice in profile.advice)
+        body += ["<h2>What would cut it</h2>", f"<p>{escape(ADVICE)}:</p>", f"<ul>{items}</ul>"]
+    body += ["<h2>What was run</h2>", _table((("what", "value"), _facts(profile)))]
+    body += [
+        "<h2>How it was measured</h2>",
+        f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in profile.notes)}</ul>",
+    ]
+    return _WHOLE.format(title=_TITLE, style=_STYLE, body="\n".join(body))
+
+
+_WHOLE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def _table(table: Table) -> str:
+    heads, rows = table
+    head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in heads)
+    lines = []
+    for row in rows:
+        cells = (
+            f'<td data-head="{escape(name, quote=True)}">{escape(cell)}</td>'
+            for name, cell in zip(heads, row, strict=True)
+        )
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{chr(10).join(lines)}\n</tbody>\n</table>"
+
+
+def _place(profile: Profile) -> str:
+    return "; ".join(f"{name} {value}" for name, value in profile.environment.items())
+
+
+def _facts(profile: Profile) -> list[tuple[str, ...]]:
+    facts: list[tuple[str, ...]] = [(name.replace("_", " "), count(value)) for name, value in profile.tokens.items()]
+    facts += [(name, _said(value)) for name, value in profile.settings.items()]
+    return facts
+
+
+def _said(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

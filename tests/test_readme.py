@@ -16,14 +16,22 @@ from sap_fast.data.files import Table
 from sap_fast.data.formats import read_pairs, read_task
 
 README = Path(__file__).parents[1] / "README.md"
+EVIDENCE = README.parent / "benchmarks" / "README.md"
 DATA = README.parent / "sap_fast" / "data" / "README.md"
-RESULTS = README.parent / "benchmarks" / "results"
+RESULTS = EVIDENCE.parent / "results"
 MODEL = "path/to/a/chat/model"
 
 
 def blocks(page: Path, language: str) -> list[tuple[str, str]]:
     """``(what follows the language, content)`` of a page's code blocks."""
     return re.findall(rf"```{language}\b *([^\n]*)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def recorded(name: str) -> Any:
+    """The run that the page of evidence names, of those whose names begin so."""
+    named = set(re.findall(rf"benchmarks/results/({name}[\w.-]*\.json)", EVIDENCE.read_text(encoding="utf-8")))
+    assert len(named) == 1, named
+    return json.loads((RESULTS / named.pop()).read_text())
 
 
 @pytest.fixture
@@ -84,11 +92,9 @@ def test_the_make_targets_are_there() -> None:
 
 
 def test_the_figures_are_those_of_the_results() -> None:
-    """The tables' dual and published rows, cell by cell, against the run that the README names."""
-    text = README.read_text(encoding="utf-8")
-    named = re.findall(r"`benchmarks/results/([\w.-]+\.json)`", text)
-    runs = {name.partition("-cpu-")[0]: json.loads((RESULTS / name).read_text()) for name in named}
-    rows = [row for row in runs["fidelity"]["rows"] if row["truth"] == "float32 weights"]
+    """The tables' dual and published rows, cell by cell, against the runs that the page names."""
+    text = EVIDENCE.read_text(encoding="utf-8")
+    rows = [row for row in recorded("fidelity-cpu")["rows"] if row["truth"] == "float32 weights"]
     for start, gradient, dtype, radius in (
         ("| **finite difference, bfloat16, 2e-5", "finite difference", "bfloat16", 2e-5),
         ("| **dual batch, bfloat16", "dual", "bfloat16", None),
@@ -98,24 +104,20 @@ def test_the_figures_are_those_of_the_results() -> None:
         wanted = [row for row in rows if (row["gradient"], row["dtype"], row["radius"]) == (gradient, dtype, radius)]
         cells = [f"{row['cosine']:.3f} ({row['length_ratio']:.3g}×)" for row in wanted]
         assert [cell.strip().replace("**", "") for cell in line.split("|")[2:-1]] == cells
-    for row in runs["steering"]["rows"]:
+    for row in recorded("steering-cpu")["rows"]:
         assert re.search(rf"\| {row['strength']:g} \| {row['task_loss']:.3f} \| \{row['slope_change']:+.3f}", text)
 
 
 def test_speed_on_the_cpu_is_that_of_the_recorded_runs() -> None:
-    text = README.read_text(encoding="utf-8")
-    step, ops = (
-        json.loads((RESULTS / name).read_text())
-        for prefix in ("step", "ops")
-        for name in re.findall(rf"`benchmarks/results/({prefix}-cpu[\w.-]+\.json)`", text)
-    )
+    text = EVIDENCE.read_text(encoding="utf-8")
+    step, ops = recorded("step-cpu-float32"), recorded("ops-cpu")
     for row in step["rows"]:
         ratios = f"{row['ratio_to_plain_sft']:.2f} | {row['ratio_to_published_tidy']:.2f}"
         rest = f"{row['peak_memory'] / 2**30:.2f} GiB | {row['ms_over_floor']:.2f} | {row['launches']:g} |"
         assert f"| {row['ms'] / 1e3:.2f} s | {ratios} | {rest}" in text
     (lagged,) = (row for row in step["rows"] if row["contender"] == "lagged")
     tokens = [lagged["task_tokens"], lagged["task_rows"], lagged["pair_tokens"], lagged["pair_rows"]]
-    assert "{} tokens of tasks are {} rows, and {} tokens of pairs {}".format(*tokens) in text
+    assert "{} tokens of tasks are {} rows, and {} tokens of pairs {}".format(*tokens) in " ".join(text.split())
     for row in ops["rows"]:
         if row["dtype"] == "float32" and row["op"] != "linear_cross_entropy":  # which has changed since
             faster = row["times_faster_than"]
@@ -124,18 +126,16 @@ def test_speed_on_the_cpu_is_that_of_the_recorded_runs() -> None:
 
 
 def test_what_options_cost_is_that_of_the_recorded_run() -> None:
-    text = README.read_text(encoding="utf-8")
-    (name,) = re.findall(r"`benchmarks/results/(options-cpu[\w.-]+\.json)`", text)
-    for row in json.loads((RESULTS / name).read_text())["summary"]:
+    text = EVIDENCE.read_text(encoding="utf-8")
+    for row in recorded("options-cpu")["summary"]:
         keys = ("direction", "probe_gradient", "probe", "update", "effect")
         assert "| " + " | ".join(f"{row[key]['mean']:.2f}" for key in keys) + " |" in text
 
 
 def test_the_demonstration_is_the_recorded_run() -> None:
     """Its table, row by row, and what the page says of equal task loss."""
-    text = README.read_text(encoding="utf-8")
-    (name,) = re.findall(r"`benchmarks/results/(demo-cpu[\w.-]+\.json)`", text)
-    run = json.loads((RESULTS / name).read_text())
+    text = EVIDENCE.read_text(encoding="utf-8")
+    run = recorded("demo-cpu")
     for row, figures in run["measured"].items():
         cells = [
             f"{figures['margin_trained']:+.3f}",
@@ -155,8 +155,7 @@ def test_the_demonstration_is_the_recorded_run() -> None:
 
 def test_the_steps_on_a_gpu_are_those_of_the_recorded_run() -> None:
     text = README.read_text(encoding="utf-8")
-    (name,) = re.findall(r"`benchmarks/results/(step-h200-\d[\w.-]+\.json)`", text)
-    for row in json.loads((RESULTS / name).read_text())["rows"]:
+    for row in recorded(r"step-h200-\d")["rows"]:
         ratios = [f"{row['ratio_to_plain_sft']:.2f}", f"{row['ratio_to_published_tidy']:.2f}"]
         cells = [f"{row['ms']:.0f}", *ratios, f"{row['peak_memory'] / 2**30:.2f} GiB", f"{row['ms_over_floor']:.2f}"]
         assert "| " + " | ".join(cells) + " |" in text.replace("**", "")

@@ -1,5 +1,6 @@
 """What the pages show runs as it stands, but for the model's folder; their figures are those of the recorded runs."""
 
+import importlib.util
 import json
 import os
 import re
@@ -32,6 +33,13 @@ def recorded(name: str) -> Any:
     named = set(re.findall(rf"benchmarks/results/({name}[\w.-]*\.json)", EVIDENCE.read_text(encoding="utf-8")))
     assert len(named) == 1, named
     return json.loads((RESULTS / named.pop()).read_text())
+
+
+def anchors(page: Path) -> list[str]:
+    """What links to the page's headings end with: words in small letters, hyphens between them, no other signs."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 @pytest.fixture
@@ -85,10 +93,48 @@ def test_the_formats_are_read(tmp_path: Path) -> None:
         assert readers[kind](read_table(tmp_path / "x.jsonl"))
 
 
-def test_the_make_targets_are_there() -> None:
+def test_the_page_is_short_and_shows_code_early() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 160
+    assert "```python" in lines[:40]
+
+
+PAGES = pytest.mark.parametrize("page", [README, EVIDENCE], ids=["README", "evidence"])
+
+
+@PAGES
+def test_the_make_targets_are_there(page: Path) -> None:
     makefile = (README.parent / "Makefile").read_text()
-    for target in re.findall(r"^make (\w[\w-]*)", README.read_text(encoding="utf-8"), re.MULTILINE):
+    targets = re.findall(r"(?:^|`)make (\w[\w-]*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert targets
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@PAGES
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    relative = [link for link in links if not re.match(r"https?:", link)]
+    assert relative
+    for link in relative:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@PAGES
+def test_the_named_runs_are_there(page: Path) -> None:
+    named = re.findall(r"benchmarks/results/([\w.-]*\w)", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (RESULTS / name).is_file()] == []
+    assert named or page == README
+
+
+def test_the_commands_of_the_evidence_are_there() -> None:
+    modules = set(re.findall(r"python -m (benchmarks[\w.]*\w)", EVIDENCE.read_text(encoding="utf-8")))
+    assert modules
+    for module in modules:
+        assert importlib.util.find_spec(module), module
 
 
 def test_the_figures_are_those_of_the_results() -> None:
@@ -154,8 +200,20 @@ def test_the_demonstration_is_the_recorded_run() -> None:
 
 
 def test_the_steps_on_a_gpu_are_those_of_the_recorded_run() -> None:
+    """The README's table, row by row, what it says of the hosts, and what the page of evidence says of Liger."""
     text = README.read_text(encoding="utf-8")
-    for row in recorded(r"step-h200-\d")["rows"]:
+    rows = {row["contender"]: row for row in recorded(r"step-h200-\d")["rows"]}
+    for row in rows.values():
         ratios = [f"{row['ratio_to_plain_sft']:.2f}", f"{row['ratio_to_published_tidy']:.2f}"]
         cells = [f"{row['ms']:.0f}", *ratios, f"{row['peak_memory'] / 2**30:.2f} GiB", f"{row['ms_over_floor']:.2f}"]
         assert "| " + " | ".join(cells) + " |" in text.replace("**", "")
+    prose = " ".join(text.split())
+    graph, eager, plain = (rows[name] for name in ("graph", "lagged", "plain-sft"))
+    assert f"plain PEFT's floor is {plain['floor_ms']:.0f} ms of its {plain['ms']:.0f}" in prose
+    launches = f"{eager['launches']:,.0f} launches cost this host {eager['ms']:.0f} ms"
+    assert f"{launches}, replayed as a graph they take {graph['ms']:.0f}" in prose
+    run = recorded("step-h200-liger")
+    (liger,) = (row for row in run["rows"] if row["contender"] == "liger-sft")
+    (ratio,) = (row["value"] for row in run["targets"] if "graph, ms over liger-sft's" in row["target"])
+    wanted = f"the graph takes {ratio:.2f} of the time ({liger['ms']:.0f} ms)"
+    assert wanted in " ".join(EVIDENCE.read_text(encoding="utf-8").split())

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
+from sap_fast.atomic import write_json
 from sap_fast.cli.comparison import Point, Settings, at_equal_loss, fine_tune, point
 from sap_fast.cli.demo import MAX_LENGTH
 from sap_fast.cli.models import load_model, load_tokenizer, quiet
-from sap_fast.cli.output import write_json
 from sap_fast.cli.train import Data
 from sap_fast.config import SAPConfig
 from sap_fast.data import benign_examples, encode_pairs, encode_tasks, safety_pairs

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sap_fast
-from benchmarks.common import models, record
+from benchmarks.common import models, record, solved
 from benchmarks.published.parts import (
     finite_differences,
     gradients,
@@ -45,8 +45,8 @@ from benchmarks.published.parts import (
 from sap_fast import SAPConfig
 from sap_fast.batch.rows import pack
 from sap_fast.data import collate, collate_pairs, safety_pairs
-from sap_fast.method import passes
 from sap_fast.method.flat import Flat
+from sap_fast.method.passes import Micro
 from sap_fast.method.probe import Probe
 from sap_fast.model.read import read_decoder
 
@@ -216,7 +216,7 @@ def dual(model: nn.Module, batch: Batch, u: Mapping[str, Tensor], probe: Vectors
     vectors = Probe.of({j: v.to(wide) for j, v in probe.items()})
     direction = Flat.of({name: t.to(wide) for name, t in u.items()})
     with decoder.installed():
-        found = passes.dual(decoder, [passes.Micro(rows, None)], vectors, direction)
+        found = solved.dual(decoder, [Micro(rows, None)], vectors, direction)
     return vectors.by_layer(found.probe_dot)
 
 

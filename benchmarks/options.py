@@ -35,10 +35,7 @@ from benchmarks.common import models, record
 from benchmarks.published.parts import trained
 from sap_fast import SAPConfig
 from sap_fast.data import Example, Pair, collate, collate_pairs, safety_pairs
-from sap_fast.method.direction import Direction
 from sap_fast.method.flat import Flat
-from sap_fast.method.passes import Gradients
-from sap_fast.method.probe import Probe
 from sap_fast.step import SAP
 
 Batch = Mapping[str, Tensor]
@@ -116,29 +113,36 @@ def _turn(rows: Sequence[Any], count: int, step: int) -> list[Any]:
     return [rows[(step * count + i) % len(rows)] for i in range(count)]
 
 
-class Observed(SAP):
-    """A handle that keeps what its last step worked with.
+class Observed:
+    """Takes the steps of a handle, and keeps what the last one worked with.
 
     Attributes:
         direction, gradient: what the probe was found along, and the ``grad_V L_dot [P, d]`` that it was found on.
         ages: steps since direction and probe were found.
     """
 
-    def __init__(self, model: nn.Module, config: SAPConfig) -> None:
-        super().__init__(model, config)
+    def __init__(self, sap: SAP) -> None:
+        self._sap = sap
         self.direction: Flat | None = None
         self.gradient: Tensor | None = None
         self.ages = {"direction_age": 0, "probe_age": 0}
 
     def observe(self, batch: Batch, pairs: Batch | None) -> Tensor:
         """Take a step; the gradient that it leaves, as one vector."""
-        weights = self._decoder.trained.values()
+        weights, before, delayed = (
+            self._sap.decoder.trained.values(),
+            self._sap.state,
+            self._sap.config.delayed_direction,
+        )
         for p in weights:
             p.grad = None
-        before = self._state
-        report = self.step(batch, pairs)
+        outcome = self._sap.compute(batch, pairs)
+        self._sap.commit(outcome)
+        report = outcome.report
+        if report.found_probe:
+            self.direction, self.gradient = outcome.u, outcome.probe_dot
         # One that is found beside the pass that uses the last one is not in use yet.
-        found = report.found_direction and not (self.config.delayed_direction and before.direction is not None)
+        found = report.found_direction and not (delayed and before.direction is not None)
         since = 0 if before.rhythm.age is None else before.rhythm.age
         self.ages = {
             "direction_age": 0 if found else since + 1,
@@ -152,16 +156,8 @@ class Observed(SAP):
         return {
             "direction": self.direction.vector,
             "probe_gradient": self.gradient.flatten(),
-            "probe": self._state.probe.vectors.flatten(),
+            "probe": self._sap.state.probe.vectors.flatten(),
         }
-
-    def _inner_and_outer(self, task: Any, probe: Probe, u: Flat) -> tuple[Gradients, Direction | None]:
-        self.direction = u
-        return super()._inner_and_outer(task, probe, u)
-
-    def _climb(self, gradients: Gradients, probe: Probe) -> Probe:
-        self.gradient = gradients.probe_dot
-        return super()._climb(gradients, probe)
 
 
 def train(model: nn.Module, given: Given, steps: int) -> None:
@@ -192,8 +188,7 @@ def look(
     with ExitStack() as stack:
         opened = [(option, None) for option in options] + [(CONTROL, parity) for parity in (0, 1)]
         plain, *others = (Follower(model, stack, o, parity) for o, parity in [({}, None), *opened])
-        exact = Observed(model, EXACT)
-        stack.enter_context(exact)
+        exact = Observed(stack.enter_context(SAP(model, EXACT)))
         for i in range(looks + 1):
             data = given(start + i)
             at_exact = exact.acting() if i else {}
@@ -225,8 +220,7 @@ class Follower:
         self.options, self.parity = options, parity
         self._twin = models.twin(model)
         changes = {} if options is CONTROL else options
-        self.sap = Observed(self._twin, EXACT.replace(**changes))
-        stack.enter_context(self.sap)
+        self.sap = Observed(stack.enter_context(SAP(self._twin, EXACT.replace(**changes))))
 
     def at(self, model: nn.Module) -> Observed:
         """The handle, with the twin's adapters set to the model's."""

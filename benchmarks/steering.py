@@ -30,16 +30,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import models, record
+from benchmarks.common import models, record, solved
 from benchmarks.fidelity import agreement, in_bfloat16
 from benchmarks.published.parts import finite_differences, margins, task_loss, trained
 from sap_fast import SAPConfig
 from sap_fast.batch.rows import Rows, pack, pack_pairs
 from sap_fast.data import Example, Pair, collate, collate_pairs, safety_pairs
-from sap_fast.method import passes
-from sap_fast.method.direction import harmful_direction
 from sap_fast.method.flat import Flat
+from sap_fast.method.passes import Micro
 from sap_fast.method.probe import Probe
+from sap_fast.method.reduce import Gradients
 from sap_fast.model.decoder import Decoder
 from sap_fast.model.read import read_decoder
 
@@ -72,7 +72,7 @@ class Situation:
     batch: Mapping[str, Tensor]
     rows: Rows
     u: Flat
-    exact: passes.Gradients
+    exact: Gradients
     gradient: Vectors
     scale: Vectors
     margin: float
@@ -204,8 +204,8 @@ def situation(decoder: Decoder, tokenizer: Any, tasks: Sequence[Example], pairs:
     layers = config.layers_of(len(decoder.layers))
     zero = Probe.zeros(layers, decoder.hidden_size, decoder.device, torch.float32)
     with decoder.installed():
-        direction = harmful_direction(decoder, pair_rows, {}, config)
-        exact = passes.dual(decoder, [passes.Micro(rows, None)], zero, direction.u)
+        direction = solved.direction(decoder, pair_rows, {}, config)
+        exact = solved.dual(decoder, [Micro(rows, None)], zero, direction.u)
     gradient, scale = zero.by_layer(exact.probe_dot), zero.by_layer(exact.rms.median(1).values)
     return Situation(batch, rows, direction.u, exact, gradient, scale, float(direction.margin))
 
@@ -257,7 +257,7 @@ def measure(decoder: Decoder, here: Situation, there: Situation, published: Vect
 
 def evaluate(decoder: Decoder, at: Situation, vectors: Vectors) -> tuple[float, float]:
     """Task loss and its slope along the direction, with a probe by layer ``[d]``; a pair forward."""
-    probe = Probe.of(vectors).pairs()
+    probe = Probe.of(vectors).dual_leaves()
     with torch.no_grad(), decoder.installed():
         run = decoder.start(at.rows, None, theta_dot=at.u, probe=probe)
         nll, nll_dot = decoder.forward(run)

@@ -1,38 +1,35 @@
-"""One training step, from top to bottom: pairs, harmful direction, task passes, probe, guard, gradients.
+"""One training step, from top to bottom: pack, direction, passes, guard, check, commit.
 
-``SAP`` is the handle that ``sap_fast.attach`` returns. A step computes everything first, looks at the numbers,
-and only then writes ``.grad`` and takes the new probe, so that a refused or interrupted step changes nothing.
-It never writes a weight.
+``SAP`` is the handle that ``sap_fast.attach`` returns. A step computes everything first (:meth:`SAP.compute`), looks at
+the numbers, and only then writes ``.grad`` and takes the new probe (:meth:`SAP.commit`), so that a refused or
+interrupted step changes nothing. It never writes a weight.
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
-from sap_fast.batch.packer import Packer
 from sap_fast.config import SAPConfig
 from sap_fast.errors import StepRefusedError
 from sap_fast.graph import Graphs
-from sap_fast.method import passes
-from sap_fast.method.direction import Direction, SafetyPass, harmful_direction
 from sap_fast.method.flat import Flat
 from sap_fast.method.guard import guarded
-from sap_fast.method.joint import divided_with_pairs, dual_with_pairs
-from sap_fast.method.outcome import Deferred, Given, Outcome, State, Task, report_of, seen
-from sap_fast.method.passes import Gradients, Micro
+from sap_fast.method.outcome import Deferred, Outcome, State, StepInputs, Vitals, report_of
+from sap_fast.method.passes import Micro
 from sap_fast.method.probe import Probe
-from sap_fast.method.refusal import raise_if_refused
+from sap_fast.method.reduce import ALONE, Ranks
 from sap_fast.method.rhythm import Rhythm
 from sap_fast.method.sampling import some_pairs, some_tangents
-from sap_fast.model.attachment import Snapshot
+from sap_fast.method.schedule import Schedule
+from sap_fast.model.attachment import Snapshot, mark, unmark
 from sap_fast.model.attention_backends import with_attention
 from sap_fast.model.decoder import Decoder
 from sap_fast.model.float8 import check_unchanged, float8_weights
-from sap_fast.model.mark import mark, unmark
 from sap_fast.model.read import base_model, check_adapters, read_decoder
 from sap_fast.report import StepReport
 
@@ -40,10 +37,18 @@ Batch = Mapping[str, Tensor]
 
 
 class SAP:
-    """Safety-Aware Probing on one model. Made by :func:`attach`; a context manager that detaches at its end."""
+    """Safety-Aware Probing on one model. Made by :func:`attach`; a context manager that detaches at its end.
 
-    def __init__(self, model: nn.Module, config: SAPConfig) -> None:
-        self.config = config
+    :meth:`step` is ``commit(compute(batch, pairs))``, for those who want to look at what a step has found before it is
+    written.
+
+    Args:
+        model, config: as for :func:`attach`.
+        ranks: the processes that take each step together, with rows of their own.
+    """
+
+    def __init__(self, model: nn.Module, config: SAPConfig, ranks: Ranks = ALONE) -> None:
+        self.config, self._ranks = config, ranks
         decoder = with_attention(read_decoder(model), config.attention)
         if config.float8:
             decoder = replace(decoder, float8=float8_weights(decoder, emulated=config.float8 == "emulated"))
@@ -72,6 +77,33 @@ class SAP:
     def probe_layers(self) -> tuple[int, ...]:
         """The probed layers, counted from 0; empty for a guard without a probe."""
         return self._layers
+
+    @property
+    def state(self) -> State:
+        """What the last step has handed on: probe, direction, rhythm. Immutable."""
+        return self._state
+
+    @property
+    def decoder(self) -> Decoder:
+        """What the steps run on: the model as the library reads it.
+
+        Raises:
+            RuntimeError: after ``detach``.
+        """
+        if self._attached is None:
+            raise RuntimeError("step after detach: attach to the model again")
+        return self._attached[0]
+
+    @contextmanager
+    def running_on(self, decoder: Decoder) -> Iterator[None]:
+        """Let steps run on another reading of the same model meanwhile, such as one that a profiler watches."""
+        kept = self._attached
+        assert kept is not None
+        self._attached = decoder, kept[1]
+        try:
+            yield
+        finally:
+            self._attached = kept
 
     def step(self, batch: Batch | Sequence[Batch], pairs: Batch | None = None) -> StepReport:
         """Compute one step's gradient and add it to ``.grad`` of the trained weights.
@@ -102,50 +134,85 @@ class SAP:
             UnsupportedModelError: the model was changed since ``attach``.
             RuntimeError: after ``detach``; inside an autocast region.
         """
-        decoder = self._ready()
-        batches = [batch] if isinstance(batch, Mapping) else list(batch)
-        names = ["batch"] if isinstance(batch, Mapping) else [f"batch[{i}]" for i in range(len(batches))]
-        if not batches:
-            raise ValueError("batch is an empty sequence; give at least one micro-batch")
-        rhythm, config = self._state.rhythm, self.config
-        packer = Packer.of(decoder, config)
-        *batches, pairs = packer.fetched([*batches, pairs])
-        read = [packer.read(b, name) for b, name in zip(batches, names, strict=True)]
-        read_pairs = None if pairs is None else packer.read_pairs(pairs)
-        # What a step hands on to the next one stays as it is here, or the look at its numbers refuses both.
-        directs = read_pairs is not None and rhythm.directs(config)
-        probes = read_pairs is not None and rhythm.probes(config)
-        pair_rows = None
-        if read_pairs is not None and directs:
-            wanted = config.pairs_per_step
-            pair_rows = packer.pairs(read_pairs if wanted is None else some_pairs(read_pairs, wanted))
-        micros = [Micro(packer.task(b), self._draw_seed()) for b in read]
-        parts = None
-        if probes and config.tangent_fraction < 1:
-            parts = some_tangents(read, micros, config.tangent_fraction, packer, self._draw_seed)
+        outcome = self.compute(batch, pairs)
+        self.commit(outcome)
+        return outcome.report
 
-        # A delayed direction is known already, but in the first step.
-        delayed = config.delayed_direction and directs and self._state.direction is not None
-        state = replace(self._state, rhythm=Rhythm())
-        given = Given(Task(micros, parts), pair_rows, state, plain=read_pairs is None, probes=probes, delayed=delayed)
+    def compute(
+        self,
+        batch: Batch | Sequence[Batch],
+        pairs: Batch | None = None,
+        *,
+        direction: Flat | None = None,
+        state: State | None = None,
+    ) -> Outcome:
+        """Compute a step, and write nothing; :meth:`commit` takes what comes of it.
+
+        Numbers that the last step has deferred are looked at before: see :meth:`settle`.
+
+        Args:
+            batch, pairs: as for :meth:`step`.
+            direction: u to use instead of finding one, a unit vector over all trained weights; ``pairs`` are then
+                checked and not read, and may be None.
+            state: what to start from instead of what the last step has handed on.
+
+        Returns:
+            Loss, slope, gradients, direction and the next state, all on the device, and not looked at yet.
+
+        Raises:
+            BatchError, StepRefusedError, UnsupportedModelError, RuntimeError: as :meth:`step`.
+        """
+        inputs, rhythm = self._pack(batch, pairs, direction, self._state if state is None else state)
         captures = self._graphs is not None and self._graphs.active
-        sent = (given.padded() if captures else given).sent(decoder.device)
+        sent = (inputs.padded() if captures else inputs).sent(self.decoder.device)
         # Only now, with all of this step's on its way: the device has been busy with the last one until here.
-        self._settle()
-        outcome = self._outcome(sent)
-        self._check(outcome)
-        self._commit(outcome)
-        return given.counted(outcome.report) if captures else outcome.report
+        self.settle()
+        if captures:
+            assert self._graphs is not None
+            outcome = self._graphs.run(self._solved, sent)
+            outcome = replace(outcome, report=inputs.counted(outcome.report))
+        else:
+            outcome = self._solved(sent)
+        return self._in_rhythm(outcome, inputs, rhythm)
+
+    def commit(self, outcome: Outcome) -> None:
+        """Look at a step's numbers, add its gradient to ``.grad``, and take its state: all of it, or nothing.
+
+        With ``check="deferred"`` its numbers stay on the device, and :meth:`settle` looks at them.
+
+        Raises:
+            StepRefusedError: numbers that are not finite, or no direction; nothing was written.
+        """
+        if self.config.check == "deferred":
+            self._deferred = Deferred(outcome.vitals, self._state)
+        else:
+            Vitals.read(outcome.vitals).check("Nothing was written")
+        self._write(outcome)
+
+    def settle(self) -> None:
+        """Look at the numbers that the last step deferred, if it did; where they are refused, go back to its probe.
+
+        Raises:
+            StepRefusedError: with ``check="deferred"``, if the last step's numbers are unusable.
+        """
+        if self._deferred is None:
+            return
+        deferred, self._deferred = self._deferred, None
+        try:
+            Vitals.read(deferred.vitals).check("Its gradient was written: zero it before going on")
+        except StepRefusedError:
+            self._state = deferred.state
+            raise
 
     def detach(self) -> None:
         """Let go of the model. It is then exactly what it was before ``attach``, its ``.grad`` aside.
 
         Raises:
-            StepRefusedError: with ``check="deferred"``, if the last step's numbers are unusable.
+            StepRefusedError: as :meth:`settle`.
         """
         self._release()
         self._attached = self._graphs = None
-        self._settle()
+        self.settle()
 
     def __enter__(self) -> "SAP":
         return self
@@ -160,25 +227,42 @@ class SAP:
             self._deferred = None  # the error on its way is the one to see
         self.detach()
 
-    def _settle(self) -> None:
-        """Look at the numbers that the last step deferred; if they are refused, go back to the probe before it."""
-        if self._deferred is None:
-            return
-        deferred, self._deferred = self._deferred, None
-        try:
-            raise_if_refused(deferred.seen.tolist(), "Its gradient was written: zero it before going on")
-        except StepRefusedError:
-            self._state = deferred.state
-            raise
+    # Pack
 
-    @property
-    def _decoder(self) -> Decoder:
-        if self._attached is None:
-            raise RuntimeError("step after detach: attach to the model again")
-        return self._attached[0]
+    def _pack(
+        self, batch: Batch | Sequence[Batch], pairs: Batch | None, direction: Flat | None, state: State
+    ) -> tuple[StepInputs, Rhythm]:
+        """Check what a step is given and pack it, on the host; with the rhythm that it is taken in."""
+        decoder, config, rhythm = self._ready(), self.config, state.rhythm
+        batches = [batch] if isinstance(batch, Mapping) else list(batch)
+        names = ["batch"] if isinstance(batch, Mapping) else [f"batch[{i}]" for i in range(len(batches))]
+        if not batches:
+            raise ValueError("batch is an empty sequence; give at least one micro-batch")
+        packer = decoder.packer(share_prefixes=config.share_prefixes)
+        *batches, pairs = packer.fetched([*batches, pairs])
+        read = [packer.read(b, name) for b, name in zip(batches, names, strict=True)]
+        read_pairs = None if pairs is None else packer.read_pairs(pairs)
+        guards = read_pairs is not None or direction is not None
+        finds_probe = guards and rhythm.finds_probe(config)
+        pair_rows = None
+        if read_pairs is not None and direction is None and rhythm.finds_direction(config):
+            wanted = config.pairs_per_step
+            pair_rows = packer.pairs(read_pairs if wanted is None else some_pairs(read_pairs, wanted))
+        micros = [Micro(packer.task(b), self._draw_seed()) for b in read]
+        split = None
+        if finds_probe and config.tangent_fraction < 1:
+            split = some_tangents(read, micros, config.tangent_fraction, packer, self._draw_seed)
+        # A delayed direction is known already, but in the first step.
+        delayed = config.delayed_direction and pair_rows is not None and state.direction is not None
+        # The host counts; what a step hands on stays as it is here, or the look at its numbers refuses both.
+        state = replace(state, rhythm=Rhythm())
+        inputs = StepInputs(
+            micros, split, pair_rows, direction, state, finds_probe=finds_probe, plain=not guards, delayed=delayed
+        )
+        return inputs, rhythm
 
     def _ready(self) -> Decoder:
-        decoder = self._decoder
+        decoder = self.decoder
         if torch.is_autocast_enabled(decoder.device.type):
             raise RuntimeError(
                 "step runs in the dtype of the model's weights: leave the autocast region, and for bfloat16 "
@@ -193,123 +277,56 @@ class SAP:
         return decoder
 
     def _draw_seed(self) -> Tensor | None:
-        decoder = self._decoder
+        decoder = self.decoder
         if not decoder.drops_out():
             return None
         return torch.randint(2**31, (), device=decoder.device)
 
-    def _outcome(self, given: Given) -> Outcome:
-        """Compute a step, by a replay where there is one, and count it."""
-        if self._graphs is None or not self._graphs.active:
-            outcome = self._compute(given)
-        else:
-            outcome = self._graphs.run(self._compute, given)
-        rhythm, config, before = self._state.rhythm, self.config, self._state.direction
-        if not given.plain:
-            rhythm = rhythm.after(directed=outcome.direction is not None)
-        if outcome.direction is not None and before is not None and config.direction_min_cosine is not None:
+    # Direction, passes, guard: nothing here waits for the device, or writes what stays
+
+    def _solved(self, inputs: StepInputs) -> Outcome:
+        decoder, before = self.decoder, inputs.state.direction
+        schedule = Schedule(decoder, self.config, self._ranks, inputs)
+        with decoder.installed(), torch.enable_grad():
+            direction = None
+            if inputs.pairs is not None and not inputs.delayed:
+                decoder.enter("direction")
+                direction = schedule.direction()
+            decoder.enter("task")
+            u = inputs.direction or (direction.u if direction else None if inputs.plain else before)
+            passed = schedule.passes(u)
+        direction = direction or passed.direction
+        decoder.enter("update")
+        gradients, last = passed.gradients, inputs.direction or (direction.u if direction else before)
+        theta = gradients.theta if u is None else guarded(gradients.theta, u, self.config)
+        return Outcome(
+            loss=gradients.loss,
+            loss_dot=gradients.loss_dot,
+            theta=theta,
+            probe_dot=gradients.probe_dot,
+            probe=gradients.probe,
+            u=u,
+            direction=direction,
+            state=State(passed.found, last, inputs.state.rhythm),
+            report=report_of(gradients, direction, before, passed.acted, inputs.micros),
+            vitals=Vitals.packed(gradients.loss, theta, passed.found, direction),
+        )
+
+    def _in_rhythm(self, outcome: Outcome, inputs: StepInputs, rhythm: Rhythm) -> Outcome:
+        """Count a step in the rhythm that it was taken in."""
+        config, found = self.config, outcome.direction
+        if not inputs.plain:
+            rhythm = rhythm.after(directed=found is not None or inputs.direction is not None)
+        if found is not None and inputs.state.direction is not None and config.direction_min_cosine is not None:
             rhythm = rhythm.adapted(float(outcome.report.direction_cosine), config)
         return replace(outcome, state=replace(outcome.state, rhythm=rhythm))
 
-    def _compute(self, given: Given) -> Outcome:
-        """All of a step, the direction first, if it finds one. Waits for no device, and writes nothing that stays."""
-        decoder, state = self._decoder, given.state
-        with decoder.installed(), torch.enable_grad():
-            direction = None
-            if given.pairs is not None and not given.delayed:
-                decoder.enter("direction")
-                direction = harmful_direction(decoder, given.pairs, self._acting(state), self.config)
-            return self._run_task(given, direction)
+    # Commit
 
-    def _run_task(self, given: Given, direction: Direction | None) -> Outcome:
-        """Run the passes that the configuration asks for, then the guard.
-
-        Args:
-            direction: if this step found one to use; else the last one is used.
-        """
-        config, decoder, task, state = self.config, self._decoder, given.task, given.state
-        decoder.enter("task")
-        probe = state.probe
-        u = None if given.plain else direction.u if direction else state.direction
-        if u is None or not config.uses_probe or not given.probes:
-            acting = probe if u is not None and config.uses_probe else None
-            gradients = passes.ordinary(decoder, task.micros, acting)
-            used, found = acting or probe.at_zero(), probe
-            if u is not None:
-                gradients = replace(gradients, loss_dot=gradients.theta.dot(u))
-        elif config.schedule == "lagged":
-            # One pass is inner and outer at once: the gradient at the last step's probe, and the next probe.
-            used = probe
-            gradients, next_direction = self._inner_and_outer(given, used, u)
-            direction = next_direction or direction
-            found = self._climb(gradients, probe)
-        else:
-            gradients, found = self._fresh(task, probe.at_zero(), u)
-            used = found
-
-        decoder.enter("update")
-        theta = gradients.theta if u is None else guarded(gradients.theta, u, config)
-        report = report_of(gradients, direction, state.direction, used, task.micros)
-        after = State(found, direction.u if direction else state.direction, state.rhythm)
-        return Outcome(theta, direction, after, report, seen(report.loss, theta, found, direction))
-
-    def _inner_and_outer(self, given: Given, probe: Probe, u: Flat) -> tuple[Gradients, Direction | None]:
-        """... and the next direction, if the pairs are run with the task."""
-        config, decoder, task = self.config, self._decoder, given.task
-        if given.delayed and given.pairs is not None:
-            safety = SafetyPass.start(decoder, given.pairs, self._acting(given.state), config)
-            if task.parts is not None:
-                return divided_with_pairs(decoder, task.parts, probe, u, safety)
-            return dual_with_pairs(decoder, task.micros, probe, u, safety)
-        if config.gradient == "finite_difference":
-            return passes.finite_difference(decoder, task.micros, probe, u, self._alpha()), None
-        if task.parts is not None:
-            return passes.divided(decoder, task.parts, probe, u), None
-        return passes.dual(decoder, task.micros, probe, u), None
-
-    def _acting(self, state: State) -> Mapping[int, Tensor]:
-        """The probe that acts on the pairs."""
-        return state.probe.singles() if self.config.probe_in_safety_pass else {}
-
-    def _fresh(self, task: Task, zero: Probe, u: Flat) -> tuple[Gradients, Probe]:
-        """Find the probe from zero, then take the gradient in its presence."""
-        config, decoder, micros = self.config, self._decoder, task.micros
-        if config.gradient == "finite_difference":
-            inner = passes.finite_difference(decoder, micros, zero, u, self._alpha())
-            found = self._climb(inner, zero)
-            outer = passes.ordinary(decoder, micros, found)
-        elif task.parts is not None:
-            chosen, _, scored = passes.sides(task.parts)
-            inner, _ = passes.inner(decoder, chosen, zero, u, keep=False, scored=scored)
-            found = self._climb(inner, zero)
-            outer = passes.ordinary(decoder, micros, found)
-        else:
-            keep = config.restart == "store" or (config.restart == "auto" and len(micros) == 1)
-            inner, cuts = passes.inner(decoder, micros, zero, u, keep=keep)
-            found = self._climb(inner, zero)
-            outer = passes.restarted(decoder, cuts, found) if keep else passes.ordinary(decoder, micros, found)
-        return replace(inner, loss=outer.loss, theta=outer.theta, loss_dot=outer.theta.dot(u)), found
-
-    def _climb(self, gradients: Gradients, probe: Probe) -> Probe:
-        self._decoder.enter("update")
-        alpha = self._alpha() if self.config.probe_update == "adamw" else None
-        return probe.climbed(gradients.probe_dot, gradients.rms, alpha, self.config)
-
-    def _alpha(self) -> Tensor:
-        """Length of the published perturbation: ``radius * |theta|`` over all trained weights."""
-        return self.config.radius * Flat.of(self._decoder.trained).norm()
-
-    def _check(self, outcome: Outcome) -> None:
-        """Refuse unusable numbers: at once, or, deferred, at the next step (the flag stays on the device)."""
-        if self.config.check == "deferred":
-            self._deferred = Deferred(outcome.seen, self._state)
-        else:
-            raise_if_refused(outcome.seen.tolist(), "Nothing was written")
-
-    def _commit(self, outcome: Outcome) -> None:
-        """Write ``.grad`` and take the new probe: all of it, or none if interrupted."""
-        self._decoder.enter("write")
-        trained = self._decoder.trained
+    def _write(self, outcome: Outcome) -> None:
+        """Write ``.grad`` and take the new state: all of it, or none if interrupted."""
+        self.decoder.enter("write")
+        trained = self.decoder.trained
         before = {name: p.grad for name, p in trained.items()}
         kept = self._state
         total = outcome.theta

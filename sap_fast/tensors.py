@@ -1,20 +1,20 @@
 """The tensors inside nested dataclasses, tuples, lists and dicts: taken out in one order, and put in again."""
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from sap_fast.method.flat import Flat
-
 T = TypeVar("T")
+# ``metadata`` of a dataclass field that holds no tensor and tells nothing apart: it is left where it is, unread.
+LEFT_ALONE = {"holds tensors": False}
 
 
 def tensors_of(x: Any) -> tuple[list[Tensor], Hashable]:
     """The tensors in ``x``, and what tells ``x`` from another of their kind: shapes, dtypes, and all that is no tensor.
 
-    Of two that are told alike, each can be rebuilt with the tensors of the other. The names in a ``Flat`` are left out.
+    Of two that are told alike, each can be rebuilt with the tensors of the other.
     """
     found: list[Tensor] = []
     rest: list[Hashable] = []
@@ -44,14 +44,12 @@ def rebuilt(x: T, each: Callable[[Tensor], Tensor]) -> T:
         return x
     made: Any
     parts = {name: rebuilt(part, each) for name, part in _parts(x).items()}
-    if isinstance(x, Flat):
-        made = Flat(parts["vector"], x.layout)
-    elif isinstance(x, Mapping):
+    if isinstance(x, dict):
         made = parts
     elif isinstance(x, (tuple, list)):
         made = type(x)(*parts.values()) if hasattr(x, "_fields") else type(x)(parts.values())
     else:
-        made = type(x)(**parts)
+        made = replace(x, **parts)  # type: ignore[type-var]
     return made
 
 
@@ -60,10 +58,8 @@ def _is_nested(x: Any) -> bool:
 
 
 def _parts(x: Any) -> dict[Any, Any]:
-    if isinstance(x, Flat):
-        return {"vector": x.vector}
     if isinstance(x, dict):
         return x
     if isinstance(x, (tuple, list)):
         return dict(enumerate(x))
-    return {field.name: getattr(x, field.name) for field in fields(x)}
+    return {field.name: getattr(x, field.name) for field in fields(x) if field.metadata != LEFT_ALONE}

@@ -128,7 +128,7 @@ def _by_mask(index: Any) -> bool:
 def on_pretended(
     model: nn.Module, config: SAPConfig, kind: type[Graphs] | None = None
 ) -> Iterator[tuple[SAP, Pretended]]:
-    """A handle on a model that lies on such a device, and that. The passes are one event, ``"_compute"``.
+    """A handle on a model that lies on such a device, and that. The passes are one event, ``"_solved"``.
 
     Args:
         kind: of captured steps, recorded as in ``recorders.py``; None for ``graph=False``.
@@ -136,9 +136,12 @@ def on_pretended(
     device = Pretended()
     with attached(model, config, kind) if kind else sap_fast.attach(model, config) as entered:
         sap: SAP = entered[0] if kind else entered
-        for x in [*model.parameters(), *model.buffers(), *tensors_of(sap._state)[0]]:
+        for x in [*model.parameters(), *model.buffers(), *tensors_of(sap.state)[0]]:
             device.put(x)
-        with mock.patch.object(sap, "_compute", device.aside(sap._compute)), device:
-            assert sap._attached is not None
-            sap._attached = sap._attached[0], Snapshot.of(model)  # which remembers where each weight lies
+        # The weights have moved since the handle was made, which it would refuse.
+        with (
+            mock.patch.object(Snapshot, "check"),
+            mock.patch.object(sap, "_solved", device.aside(sap._solved)),
+            device,
+        ):
             yield sap, device

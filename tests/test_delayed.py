@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sap_fast
+from benchmarks.common import solved
 from sap_fast import SAPConfig, StepRefusedError
 from sap_fast.batch.rows import pack, pack_pairs
-from sap_fast.method import passes
-from sap_fast.method.direction import Direction, harmful_direction
-from sap_fast.method.passes import Gradients, Micro
+from sap_fast.method.direction import Direction
+from sap_fast.method.passes import Micro
 from sap_fast.method.probe import Probe
+from sap_fast.method.reduce import Gradients
 from sap_fast.model.decoder import Decoder
 from sap_fast.model.read import read_decoder
 
@@ -54,9 +55,9 @@ def apart(
     acting = {j: v[None] for j, v in probe.items()} if config.probe_in_safety_pass else {}
     micros = [Micro(pack(batch, **sizes(decoder)), None) for batch in batches]
     with decoder.installed():
-        found = harmful_direction(decoder, pack_pairs(pairs, **sizes(decoder)), acting, config)
+        found = solved.direction(decoder, pack_pairs(pairs, **sizes(decoder)), acting, config)
         u = (direction or found).u
-        return passes.dual(decoder, micros, probe_of(probe, decoder), u), found
+        return solved.dual(decoder, micros, probe_of(probe, decoder), u), found
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = ROUNDING) -> bool:
@@ -90,7 +91,7 @@ def test_steps_are_those_of_two_passes(family: str, acting: bool, micros: int, c
             cosine = torch.zeros(()) if direction is None else found.u.dot(direction.u)
             assert float(abs(report.direction_cosine - cosine)) < ROUNDING
             assert report.found_direction and report.safety_tokens == found.tokens
-            assert sap._state.direction is not None and close(sap._state.direction.vector, found.u.vector)
+            assert sap.state.direction is not None and close(sap.state.direction.vector, found.u.vector)
             direction = found
             moved(model)
 
@@ -178,7 +179,7 @@ def test_dropout_is_that_of_the_task_alone() -> None:
     assert gap(outcomes[0][0], outcomes[1][0]) < ROUNDING
     decoder = read_decoder(model)
     with decoder.installed():
-        quiet = harmful_direction(decoder, pack_pairs(pairs[1], **sizes(decoder)), {}, CONFIG)
+        quiet = solved.direction(decoder, pack_pairs(pairs[1], **sizes(decoder)), {}, CONFIG)
     assert close(outcomes[0][1].safety_margin, quiet.margin)
 
 
@@ -230,7 +231,7 @@ def test_a_refused_step_changes_nothing(check: str) -> None:
     config = DELAYED.replace(check=check, safety_loss="logsigmoid", per_token=False, temperature=1.0)
     with sap_fast.attach(model, config) as sap:
         sap.step(batches[0], pairs[0])
-        before = sap._state
+        before = sap.state
         kept = {name: p.detach().clone() for name, p in model.named_parameters()}
         with torch.no_grad():
             for p in model.parameters():
@@ -240,7 +241,7 @@ def test_a_refused_step_changes_nothing(check: str) -> None:
             sap.step(batches[1], pairs[1])
         with pytest.raises(StepRefusedError):
             sap.step(batches[1], pairs[1])
-        assert sap._state is before
+        assert sap.state is before
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(kept[name])
@@ -252,9 +253,9 @@ def test_a_step_without_pairs_leaves_the_direction() -> None:
     model, (batches, pairs) = tiny_model(), data(3)
     with sap_fast.attach(model, DELAYED) as sap:
         sap.step(batches[0], pairs[0])
-        before = sap._state.direction
+        before = sap.state.direction
         report = sap.step(batches[1])
-        assert sap._state.direction is before and not report.found_direction
+        assert sap.state.direction is before and not report.found_direction
 
 
 @pytest.mark.parametrize(

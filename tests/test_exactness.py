@@ -24,11 +24,11 @@ from oracle import (
 from torch import Tensor
 
 import sap_fast
+from benchmarks.common import solved
 from sap_fast import SAPConfig, UnsupportedModelError
 from sap_fast.batch.rows import pack, pack_pairs
-from sap_fast.method import passes
-from sap_fast.method.direction import harmful_direction
 from sap_fast.method.flat import Flat
+from sap_fast.method.passes import Micro
 from sap_fast.method.probe import Probe
 from sap_fast.model import families
 from sap_fast.model import read as convert
@@ -62,7 +62,7 @@ def dual(model: torch.nn.Module, batch: dict, u: dict, vectors: dict) -> SimpleN
     wide = next(iter(vectors.values())).dtype
     probe, direction = Probe.of(vectors), Flat.of({k: g.to(wide) for k, g in u.items()})
     with decoder.installed():
-        found = passes.dual(decoder, [passes.Micro(rows, None)], probe, direction)
+        found = solved.dual(decoder, [Micro(rows, None)], probe, direction)
     by_layer = {name: probe.by_layer(getattr(found, name)) for name in ("probe", "probe_dot")}
     return SimpleNamespace(**{**vars(found), **by_layer})
 
@@ -152,7 +152,7 @@ def test_direction_equals_that_of_teacher_forced_answers(settings: dict) -> None
         truth = unit_direction(model, pairs, per_token=per_token, logsigmoid=0.7 if kind == "logsigmoid" else None)
     decoder = read_decoder(model)
     with decoder.installed():
-        direction = harmful_direction(decoder, pack_pairs(pairs, vocab_size=VOCAB, device=decoder.device), {}, config)
+        direction = solved.direction(decoder, pack_pairs(pairs, vocab_size=VOCAB, device=decoder.device), {}, config)
     assert worst(direction.u, truth) < 1e-8
     assert sum(float(g.square().sum()) for g in direction.u.values()) == pytest.approx(1, abs=1e-12)
 

@@ -12,10 +12,9 @@ from steps import CONFIG, gap, grads
 from torch import Tensor, nn
 
 import sap_fast
+from benchmarks.common import solved
 from sap_fast import SAPConfig, UnsupportedModelError
 from sap_fast.batch.rows import pack, pack_pairs
-from sap_fast.method import passes
-from sap_fast.method.direction import harmful_direction
 from sap_fast.method.passes import Micro
 from sap_fast.method.probe import Probe
 from sap_fast.model.float8 import float8_weights
@@ -214,9 +213,9 @@ def test_loss_and_gradient_of_the_dual_pass_stay_exact(dtype: torch.dtype, depth
     probe = Probe(depth, 0.1 * torch.randn_like(zero), zero, zero)
     rows, contrast = pack(batch, **sizes), pack_pairs(random_pairs(), **sizes)
     with decoder.installed():
-        exact, quick = (harmful_direction(d, contrast, {}, CONFIG).u for d in (decoder, rounding))
-        expected, found = (passes.dual(d, [Micro(rows, None)], probe, exact) for d in (decoder, rounding))
-        ordinary = [passes.ordinary(d, [Micro(rows, None)], probe) for d in (decoder, rounding)]
+        exact, quick = (solved.direction(d, contrast, {}, CONFIG).u for d in (decoder, rounding))
+        expected, found = (solved.dual(d, [Micro(rows, None)], probe, exact) for d in (decoder, rounding))
+        ordinary = [solved.ordinary(d, [Micro(rows, None)], probe) for d in (decoder, rounding)]
     assert torch.equal(found.loss, expected.loss)
     assert torch.equal(found.theta.vector, expected.theta.vector)
     assert torch.equal(found.probe, expected.probe) and torch.equal(found.rms, expected.rms)
@@ -245,7 +244,7 @@ def test_a_step_leaves_the_gradient_at_its_probe(delayed: bool) -> None:
     probe = Probe((1, 2), torch.stack(list(vectors.values())), zero, zero)
     rows = pack(batches[1], vocab_size=decoder.vocab_size, device=decoder.device)
     with decoder.installed():
-        expected = passes.ordinary(decoder, [Micro(rows, None)], probe)
+        expected = solved.ordinary(decoder, [Micro(rows, None)], probe)
     # Sums of a dual pass come in another order than those of an ordinary one.
     assert gap(grads(model), dict(expected.theta)) < 1e-12
     assert float(abs(report.loss - expected.loss)) < 1e-12
@@ -296,7 +295,7 @@ def test_copies_go_with_the_handle() -> None:
 
     model = wide_model()
     sap = sap_fast.attach(model, EMULATED)
-    held = sap._decoder.float8
+    held = sap.decoder.float8
     assert held is not None and len(held) == 4 * 7
     copy = weakref.ref(next(iter(held.values())).by_rows.values)
     del held

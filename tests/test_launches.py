@@ -53,7 +53,7 @@ class Ops(TorchDispatchMode):
 @contextmanager
 def counted() -> Iterator[Ops]:
     """Count all of a step but the passes themselves, the decoder's ops and their backward, and the packing."""
-    of_decoder = [(Decoder, name) for name in ("start", "embed", "run_layers", "score")]
+    of_decoder = [(Decoder, name) for name in ("start", "embed", "run_layers", "run_together", "score")]
     packing = [(Packer, name) for name in ("read", "read_pairs", "task", "pairs")]
     with ExitStack() as stack:
         ops = stack.enter_context(Ops())

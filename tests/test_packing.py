@@ -39,13 +39,13 @@ def put(device: Pretended, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 @contextmanager
 def writing(sap: SAP, device: Pretended) -> Iterator[None]:
     """Note when results are written."""
-    commit = sap._commit
+    write = sap._write
 
     def noted(outcome: Any) -> None:
         device.events.append("write")
-        commit(outcome)
+        write(outcome)
 
-    with mock.patch.object(sap, "_commit", noted):
+    with mock.patch.object(sap, "_write", noted):
         yield
 
 
@@ -62,7 +62,7 @@ def test_the_numbers_before_the_write_are_the_only_wait(config: SAPConfig) -> No
     with on_pretended(model, config) as (sap, device), writing(sap, device):
         for _ in range(3):
             sap.step([alike(), random_batch()], random_pairs())
-            assert events(device) == ["send", "_compute", "wait: tolist", "write"]
+            assert events(device) == ["send", "_solved", "wait: tolist", "write"]
 
 
 @every_option
@@ -76,8 +76,8 @@ def test_deferred_the_last_numbers_are_looked_at_when_the_batch_is_on_its_way(
             sap.step(alike(), random_pairs())
             seen = events(device)
             # A recording calls the passes again.
-            seen = [event for i, event in enumerate(seen) if event != "_compute" or seen[i - 1] != "_compute"]
-            assert seen == ["send", *(["wait: tolist"] if step else []), "_compute", "write"]
+            seen = [event for i, event in enumerate(seen) if event != "_solved" or seen[i - 1] != "_solved"]
+            assert seen == ["send", *(["wait: tolist"] if step else []), "_solved", "write"]
 
 
 def test_plain_fine_tuning_and_dropout_wait_no_more() -> None:
@@ -85,7 +85,7 @@ def test_plain_fine_tuning_and_dropout_wait_no_more() -> None:
     with on_pretended(model, CONFIG.replace(check="deferred", tangent_fraction=0.5)) as (sap, device):
         for pairs in (None, random_pairs(), None, random_pairs()):
             sap.step(random_batch(4), pairs)
-        assert events(device) == ["send", "_compute", *3 * ["send", "wait: tolist", "_compute"]]
+        assert events(device) == ["send", "_solved", *3 * ["send", "wait: tolist", "_solved"]]
 
 
 @pytest.mark.parametrize("where", ["task", "pairs", "both"])
@@ -100,7 +100,7 @@ def test_what_lies_on_the_device_is_read_at_once(where: str) -> None:
             if where != "task":
                 pairs = put(device, pairs)
             sap.step(batches, pairs)
-            assert events(device) == ["wait: cpu", "send", *(["wait: tolist"] if step else []), "_compute"]
+            assert events(device) == ["wait: cpu", "send", *(["wait: tolist"] if step else []), "_solved"]
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["host", "device"])

@@ -76,7 +76,7 @@ def test_beside_the_last_numbers_a_step_on_host_batches_waits_for_nothing(option
     with sap_fast.attach(model, CONFIG.replace(check="deferred", **options)) as sap:
         warm(sap, batch, pairs)
         for _ in range(2):
-            sap._settle()
+            sap.settle()
             with forbidden_syncs():
                 sap.step(batch, pairs)
 

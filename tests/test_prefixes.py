@@ -19,13 +19,12 @@ from oracle import (
 from steps import CONFIGS, gap, two_steps
 from torch import Tensor
 
+from benchmarks.common import solved
 from sap_fast import SAPConfig
-from sap_fast.batch.packer import Packer
 from sap_fast.batch.prefixes import share_prefixes
 from sap_fast.batch.rows import Rows, pack, pack_pairs
-from sap_fast.method import passes
-from sap_fast.method.direction import harmful_direction
 from sap_fast.method.flat import Flat
+from sap_fast.method.passes import Micro
 from sap_fast.method.probe import Probe
 from sap_fast.model.read import read_decoder
 
@@ -123,9 +122,9 @@ def test_dual_pass_on_shared_rows_equals_double_backward(family: str) -> None:
     rows = share_prefixes(packed(batch))
     assert rows.shared is not None
     with decoder.installed():
-        found = passes.dual(decoder, [passes.Micro(rows, None)], probe, direction)
-        ordinary = passes.ordinary(decoder, [passes.Micro(rows, None)], probe)
-        apart = passes.dual(decoder, [passes.Micro(packed(batch), None)], probe, direction)
+        found = solved.dual(decoder, [Micro(rows, None)], probe, direction)
+        ordinary = solved.ordinary(decoder, [Micro(rows, None)], probe)
+        apart = solved.dual(decoder, [Micro(packed(batch), None)], probe, direction)
     loss, slope, theta, at_probe, at_probe_dot = truth
     assert abs(found.loss - loss) < 1e-8 * abs(loss)
     assert abs(found.loss_dot - slope) < 1e-8 * abs(slope)
@@ -147,7 +146,7 @@ def test_direction_from_pairs_that_share_their_prompts_is_the_same(family: str) 
     shared = share_prefixes(rows)
     assert shared.rows < rows.rows
     with decoder.installed():
-        direction = harmful_direction(decoder, shared, {}, SAPConfig())
+        direction = solved.direction(decoder, shared, {}, SAPConfig())
     assert gap(dict(direction.u.items()), truth) < 1e-8
     assert direction.tokens == rows.rows
 
@@ -171,10 +170,10 @@ def test_every_configuration_takes_the_same_step(name: str) -> None:
 
 def test_a_task_batch_under_dropout_shares_nothing() -> None:
     model = tiny_model(targets=ALL_LINEAR, lora_dropout=0.1).train()
-    packer = Packer.of(read_decoder(model), SAPConfig())
+    packer = read_decoder(model).packer(share_prefixes=True)
     batch, pairs = packer.read(alike()), packer.read_pairs(random_pairs())
     assert packer.task(batch).shared is None
     assert packer.pairs(pairs).shared is not None
-    off = Packer.of(read_decoder(model.eval()), SAPConfig(share_prefixes=False))
+    off = read_decoder(model.eval()).packer(share_prefixes=False)
     assert off.task(batch).shared is None and off.pairs(pairs).shared is None
-    assert Packer.of(read_decoder(model), SAPConfig()).task(batch).shared is not None
+    assert read_decoder(model).packer(share_prefixes=True).task(batch).shared is not None

@@ -11,12 +11,13 @@ from steps import CONFIG, gap, grads, plain_gradient
 from torch import Tensor, nn
 
 import sap_fast
+from benchmarks.common import solved
 from sap_fast import SAPConfig, StepRefusedError
 from sap_fast.batch.rows import pack, packed, read
-from sap_fast.method import passes
 from sap_fast.method.flat import Flat
-from sap_fast.method.passes import Micro
+from sap_fast.method.passes import Dual, Micro, Ordinary, solve
 from sap_fast.method.probe import Probe
+from sap_fast.method.reduce import along, total
 from sap_fast.method.rhythm import Rhythm
 from sap_fast.model.read import read_decoder
 
@@ -54,7 +55,7 @@ def test_between_probes_steps_are_ordinary_in_their_presence(schedule: str) -> N
     zero = torch.zeros(2, decoder.hidden_size, dtype=torch.float64)
     probe = Probe((1, 2), torch.stack([first[1], first[2]]), zero, zero)
     with decoder.installed():
-        expected = passes.ordinary(decoder, [Micro(rows, None)], probe)
+        expected = solved.ordinary(decoder, [Micro(rows, None)], probe)
     assert gap(gradient, dict(expected.theta)) == 0
     assert gap(gradient, plain_gradient(model, batches[1])) > 1e-3  # so it matters that the probe is there
     assert report.loss == expected.loss
@@ -151,14 +152,16 @@ def test_over_all_draws_the_estimate_is_exact(chosen: int) -> None:
     assert count > 2
     estimates = []
     with decoder.installed():
-        expected = passes.dual(decoder, [Micro(whole, None)], probe, u)
+        expected = solved.dual(decoder, [Micro(whole, None)], probe, u)
         for some in combinations(range(count), chosen):
             others = [i for i in range(count) if i not in some]
             parts = (
-                Micro(packed(host.drawn(some)), None, count / chosen),
-                Micro(packed(host.drawn(others)), None),
+                Micro(packed(host.select_sequences(some)), None, count / chosen),
+                Micro(packed(host.select_sequences(others)), None),
             )
-            found = passes.divided(decoder, [parts], probe, u)
+            dual = Dual(decoder, parts[0], whole.scored, probe, u)
+            ordinary = Ordinary(decoder, parts[1], whole.scored, probe)
+            found = along(total(solve(decoder, [dual, ordinary])), u)
             estimates.append(found.probe_dot)
             assert distance(found.theta.vector, expected.theta.vector) < 1e-12
             assert distance(found.loss, expected.loss) < 1e-12

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sap_fast
+from benchmarks.common import solved
 from sap_fast import SAPConfig
-from sap_fast.method import passes
 from sap_fast.method.flat import Flat
 
 
@@ -139,12 +139,12 @@ class _Halves(TorchDispatchMode):
 @pytest.mark.parametrize(("family", "further_norms"), [("llama", 0), ("qwen3", 2), ("gemma3", 4)])
 def test_beneath_the_lowest_probe_the_backward_carries_one_half(family: str, further_norms: int) -> None:
     model, batch = tiny_model(family, ALL_LINEAR, layers=4), random_batch()
-    decoder = sap_fast.attach(model, CONFIG)._decoder
+    decoder = sap_fast.attach(model, CONFIG).decoder
     rows = sap_fast.batch.rows.pack(batch, vocab_size=decoder.vocab_size, device=decoder.device)
     u = Flat.of({name: torch.randn_like(p) for name, p in lora(model).items()})
     probe = sap_fast.method.probe.Probe.zeros((1,), 32, decoder.device, torch.float64)
     with decoder.installed(), _Halves() as halves:
-        passes.dual(decoder, [passes.Micro(rows, None)], probe, u)
+        solved.dual(decoder, [sap_fast.method.passes.Micro(rows, None)], probe, u)
     # The probe sits on layer 1's output: layers 0 and 1 lie beneath it, 2 and 3 above.
     for name in ("attention_backward", "glu_backward", "rotary_backward"):
         assert halves.seen[name, 1] == 2
@@ -234,7 +234,7 @@ def test_dropout_gradients_are_those_of_peft_with_the_same_masks() -> None:
     with sap_fast.attach(model, CONFIG) as sap:
         torch.manual_seed(5)
         sap.step(batch)
-        decoder = sap._decoder
+        decoder = sap.decoder
     torch.manual_seed(5)
     seed = torch.randint(2**31, ())
     rows = batch["input_ids"].numel()

@@ -21,8 +21,7 @@ from torch import nn
 
 import sap_fast
 from sap_fast import StepRefusedError
-from sap_fast.method import passes
-from sap_fast.method.flat import Flat
+from sap_fast.method.schedule import Schedule
 
 
 def test_report_says_what_the_probe_does() -> None:
@@ -112,17 +111,18 @@ def test_interrupt_while_writing_changes_nothing() -> None:
         before, probe = grads(model), sap.probe
         state = copy.deepcopy(model.state_dict())
         with (
-            mock.patch.object(passes, "dual", side_effect=KeyboardInterrupt),
+            mock.patch.object(Schedule, "passes", side_effect=KeyboardInterrupt),
             pytest.raises(KeyboardInterrupt),
         ):
             sap.step(batch, pairs)
         assert gap(grads(model), before) == 0
         # A weight whose gradient is missing fails the writing when all others have been written.
+        outcome = sap.compute(batch, pairs)
         with (
-            mock.patch.dict(sap._decoder.trained, {"broken": mock.Mock(grad=None)}),
+            mock.patch.dict(sap.decoder.trained, {"broken": mock.Mock(grad=None)}),
             pytest.raises(KeyError),
         ):
-            sap._commit(mock.Mock(theta=Flat.of({k: torch.ones_like(g) for k, g in before.items()})))
+            sap.commit(outcome)
         assert gap(grads(model), before) == 0
         assert gap(sap.probe, probe) == 0
         assert not any("forward" in vars(m) for m in model.modules())

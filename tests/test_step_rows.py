@@ -8,8 +8,6 @@ import torch
 
 from benchmarks.common import models
 from benchmarks.step.batches import PUBLISHED, Given, Shapes, lengths, rows, scored
-from sap_fast import SAPConfig
-from sap_fast.batch.packer import Packer
 from sap_fast.model.read import read_decoder
 
 SHAPES = Shapes(4, 40, 2, 40)
@@ -40,7 +38,7 @@ def test_floor_rows_are_those_that_the_floor_is_computed_for() -> None:
     assert max(lengths(found.batch)) <= PUBLISHED.task_length and max(lengths(found.pairs)) <= PUBLISHED.pair_length
     assert scored(found.batch) == pytest.approx(384, abs=5)
     model = models.with_lora(models.tiny_base()[0])
-    packer = Packer.of(read_decoder(model), SAPConfig())
+    packer = read_decoder(model).packer(share_prefixes=True)
     task, pairs = packer.task(packer.read(found.batch)), packer.pairs(packer.read_pairs(found.pairs))
     assert (task.rows, task.shared, pairs.rows, pairs.tokens) == (768, None, 2027, 2458)
     # Of a pair the prompt is what it shares, on average 35% of a sequence.

@@ -58,10 +58,11 @@ def test_training_batches_stay_on_the_host(tmp_path: Path, monkeypatch: pytest.M
 def test_one_direction_and_one_probe_update_for_each_optimizer_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sap_fast import step
+    from sap_fast.method.probe import Probe
+    from sap_fast.method.schedule import Schedule
 
     calls = {"direction": 0, "climb": 0}
-    direction, climb = step.harmful_direction, step.Probe.climbed
+    direction, climb = Schedule.direction, Probe.climbed
 
     def counted(name: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -70,8 +71,8 @@ def test_one_direction_and_one_probe_update_for_each_optimizer_step(
 
         return call
 
-    monkeypatch.setattr(step, "harmful_direction", counted("direction", direction))
-    monkeypatch.setattr(step.Probe, "climbed", counted("climb", climb))
+    monkeypatch.setattr(Schedule, "direction", counted("direction", direction))
+    monkeypatch.setattr(Probe, "climbed", counted("climb", climb))
     run = trainer(tmp_path, {"gradient_accumulation_steps": 3, "max_steps": 2})
     run.train()
     assert calls == {"direction": 2, "climb": 2}

@@ -9,10 +9,11 @@ from reimplementation import trajectory
 from torch import nn
 
 import sap_fast
+from benchmarks.common import solved
 from sap_fast import SAPConfig
 from sap_fast.batch.rows import pack
-from sap_fast.method import passes
 from sap_fast.method.flat import Flat
+from sap_fast.method.passes import Micro
 from sap_fast.method.probe import Probe
 from sap_fast.model.read import read_decoder
 
@@ -91,12 +92,12 @@ def test_finite_difference_gradient_converges_to_the_dual_one() -> None:
     with everything_in_float64(model):
         u = Flat.of(unit_direction(model, pairs))
     probe = Probe.of({j: 0.1 * torch.randn(32, dtype=torch.float64) for j in LAYERS})
-    micros, errors = [passes.Micro(rows, None)], []
+    micros, errors = [Micro(rows, None)], []
     with decoder.installed():
-        truth = passes.dual(decoder, micros, probe, u).probe_dot
+        truth = solved.dual(decoder, micros, probe, u).probe_dot
         for radius in (1e-2, 1e-3, 1e-4):
             length = torch.tensor(radius, dtype=torch.float64)
-            found = passes.finite_difference(decoder, micros, probe, u, length).probe_dot
+            found = solved.finite_difference(decoder, micros, probe, u, length).probe_dot
             errors.append(float((found - truth).norm() / truth.norm()))
     assert errors[2] < 1e-3
     assert 5 < errors[0] / errors[1] < 20

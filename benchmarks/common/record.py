@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sap_fast.atomic import write_text
 from sap_fast.environment import device_name, package_version
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +42,7 @@ def write(path: Path, result: Mapping[str, Any]) -> None:
             fields.append(f"  {json.dumps(key)}: [\n{rows}\n  ]")
         else:
             fields.append(f"  {json.dumps(key)}: {json.dumps(value)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8")
+    write_text(path, "{\n" + ",\n".join(fields) + "\n}\n")
 
 
 def _command() -> str:

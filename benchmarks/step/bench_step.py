@@ -25,7 +25,7 @@ from benchmarks.step.check import Exact, check
 from benchmarks.step.contenders import CONTENDERS
 from benchmarks.step.own_floor import contender_floor
 from benchmarks.step.rounds import run_period
-from sap_fast.data.cache import cache_dir
+from sap_fast.data.smollm2 import cache_dir
 
 ROUNDS = {"tiny": 9, "smollm2": 30 if CUDA else 3}
 ON_SMOLLM2 = ("tidy", "plain-sft", "own-sft", "lagged")

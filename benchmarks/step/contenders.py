@@ -37,7 +37,6 @@ from benchmarks.step.batches import Given, as_if_real, lengths
 from benchmarks.step.run import Run, padded_lengths
 from sap_fast import SAP, SAPConfig, UnsupportedModelError
 from sap_fast.batch import buckets
-from sap_fast.batch.packer import Packer
 from sap_fast.model.read import read_decoder
 
 # Of the released code (``model.py``).
@@ -159,7 +158,7 @@ def sap(
             return handle.step(batch, contrast if pairs else None).loss
 
         with _nothing_blocked(), _attached(model, settings) as handle:
-            packer = Packer.of(read_decoder(model), settings)
+            packer = read_decoder(model).packer(share_prefixes=settings.share_prefixes)
             on_tasks, on_pairs = packer.task(packer.read(batch)), packer.pairs(packer.read_pairs(contrast))
             if settings.graph:
                 on_tasks, on_pairs = buckets.padded(on_tasks), buckets.padded(on_pairs, pairs=True)

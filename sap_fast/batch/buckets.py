@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sap_fast.batch.rows import Padding, Rows, Shared
+from sap_fast.batch.rows import Padding, PrefixSharing, Rows
 from sap_fast.ops.take_rows import RowIndex
 
 # Rows and tokens: whole tiles of 128 rows of a matrix product; from 1024 on in steps of an eighth to a quarter of the
@@ -62,7 +62,7 @@ def padded(rows: Rows, *, pairs: bool = False) -> Rows:
     shared = rows.shared
     if shared is not None:
         spread, longest = _taking(shared.spread, tokens, count), bucket(shared.max_seqlen, LENGTHS)
-        shared = Shared(spread, ended(shared.cu_seqlens), longest)
+        shared = PrefixSharing(spread, ended(shared.cu_seqlens), longest)
     return Rows(
         input_ids=_extended(rows.input_ids, count, 0),
         position_ids=_extended(rows.position_ids, count, 0),

@@ -10,8 +10,6 @@ from torch import Tensor
 from sap_fast.batch.prefixes import share_prefixes
 from sap_fast.batch.rows import HostBatch, Rows, packed, read, read_pairs
 from sap_fast.batch.transfer import fetched
-from sap_fast.config import SAPConfig
-from sap_fast.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -26,12 +24,6 @@ class Packer:
     device: torch.device
     shares_tasks: bool
     shares_pairs: bool
-
-    @classmethod
-    def of(cls, decoder: Decoder, config: SAPConfig) -> "Packer":
-        shares, embeddings = config.share_prefixes, decoder.embedding.num_embeddings
-        # Dropout gives each token of the task a mask of its own; the direction is computed without.
-        return cls(decoder.vocab_size, embeddings, decoder.device, shares and not decoder.drops_out(), shares)
 
     def fetched(self, batches: Sequence[Any]) -> list[Any]:
         """Batches on the host: all that lies on the device is waited for at once, not batch after batch."""

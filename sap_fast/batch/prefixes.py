@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from sap_fast.batch.rows import Rows, Shared
+from sap_fast.batch.rows import PrefixSharing, Rows
 from sap_fast.ops.take_rows import RowIndex
 
 # Of the tokens, that must be saved at least. A row through all matrices of a layer costs about seventy times what it
@@ -51,7 +51,7 @@ def share_prefixes(rows: Rows) -> Rows:
         cu_seqlens=torch.from_numpy(owned),
         max_seqlen=int(np.diff(owned).max()),
         labelled=RowIndex.on_host(row[rows.labelled.rows.numpy()], len(first)),
-        shared=Shared(RowIndex.on_host(row, len(first)), rows.cu_seqlens, rows.max_seqlen),
+        shared=PrefixSharing(RowIndex.on_host(row, len(first)), rows.cu_seqlens, rows.max_seqlen),
     )
 
 

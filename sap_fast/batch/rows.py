@@ -28,7 +28,7 @@ Count = int | Tensor
 
 
 @dataclass(frozen=True)
-class Shared:
+class PrefixSharing:
     """Where sequences share rows: ``spread`` takes the row of each token; ``cu_seqlens`` and ``max_seqlen`` of tokens.
 
     A sequence owns the rows that no sequence before it has. They are its last tokens, and stand together.
@@ -70,7 +70,7 @@ class Rows:
     labels: Tensor
     label_sequence: Tensor
     sequences: int
-    shared: Shared | None = None
+    shared: PrefixSharing | None = None
     padding: Padding | None = None
 
     @property
@@ -108,8 +108,8 @@ class HostBatch:
         """Which tokens row t predicts and the loss is over ``[B, T - 1]``; a sequence's first has no predecessor."""
         return (self.labels[:, 1:] != IGNORED) & self.real[:, :-1] & self.real[:, 1:]
 
-    def drawn(self, sequences: Sequence[int]) -> "HostBatch":
-        """Some of its sequences, in the order given."""
+    def select_sequences(self, sequences: Sequence[int]) -> "HostBatch":
+        """Take some of its sequences, in the order given."""
         return HostBatch(*(x[list(sequences)] for x in (self.input_ids, self.labels, self.real)))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sap_fast import atomic
 from sap_fast.cli import output
 from sap_fast.cli.arguments import parse
 from sap_fast.cli.comparison import Point, Run, Settings, at_equal_loss, fine_tune, point
@@ -109,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     ways: dict[str, list[Point]] = {}
     status = 0
     work = folder.with_name(f".{folder.name}.unfinished")
-    output.discard(work if work.exists() else None)  # of a run that was killed
+    atomic.discard(work if work.exists() else None)  # of a run that was killed
     start = load_model(str(base), dtype="float32", device=_device())
     _check_layers(configs, start)
     try:
@@ -130,12 +131,12 @@ def main(argv: Sequence[str]) -> int:
         status = INTERRUPTED
 
     verdict = _verdict(ways)
-    output.write_json(work / "report.json", {**report, "verdict": verdict})
+    atomic.write_json(work / "report.json", {**report, "verdict": verdict})
     if ways:
         draw(work / "margin.png", ways, f"{name}, benign fine-tuning")
     # An earlier run stays where this one did not finish.
     place = folder if status == 0 else folder.with_name(f"{folder.name}.interrupted")
-    output.replace(work, place)
+    atomic.replace(work, place)
     print(f"\n{table(measured, {'seconds_per_step': 's / step'})}\n\n{verdict}")
     print(f"Report, figure and adapters (plain PEFT, no probe in them): {place}")
     return status

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from sap_fast import atomic
 from sap_fast.cli import output
 from sap_fast.cli.arguments import parse
 from sap_fast.cli.errors import CommandError
@@ -80,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         with quiet():
             results[subject.name] = measure(model, subject.tokenizer, subject.suite, args.max_new_tokens)
 
-    output.write_json(
+    atomic.write_json(
         folder / "eval.json",
         {
             "models": {name: found.figures for name, found in results.items()},
@@ -91,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
         },
     )
     if args.max_new_tokens:
-        output.write_folder(folder / "answers", lambda scratch: _write_answers(scratch, results))
+        atomic.write_folder(folder / "answers", lambda scratch: _write_answers(scratch, results))
     print(table({name: found.figures for name, found in results.items()}))
     print(f"Figures and answers: {folder}")
     return 0

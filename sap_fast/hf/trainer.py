@@ -178,7 +178,7 @@ class SAPTrainer(Trainer):
         with _unpatched(model):
             report = self._sap.step(micros, pairs)
             # The optimizer comes next: with check="deferred", too, it must not be given what is not finite.
-            self._sap._settle()
+            self._sap.settle()
         self._reports.append(report)
         return report.loss
 

@@ -4,17 +4,16 @@ Going along ``+u`` lowers the log-probability of chosen answers against rejected
 safe. The answers are teacher-forced and the labels shifted (``sap_fast/batch/rows.py``); sums are in float32.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sap_fast.batch.rows import Rows
+from sap_fast.batch.rows import Count, Rows
 from sap_fast.config import SAPConfig
 from sap_fast.method.flat import Flat
-from sap_fast.model.decoder import Decoder, Pass
+from sap_fast.method.reduce import SafetySums
 
 # A pair whose weight sigmoid(-margin / temperature) lies beneath this adds nothing to the direction.
 SATURATED = 1e-4
@@ -22,11 +21,15 @@ SATURATED = 1e-4
 
 @dataclass(frozen=True)
 class Direction:
-    """``u`` by parameter name (float32, or float64 for a float64 model) and what was seen on the way.
+    """The harmful direction, and what was seen on the way to it.
 
-    ``norm``: of the gradient before it was normalised; ``loss``: the safety loss; ``margin``: mean over pairs
-    of log p(chosen) - log p(rejected), per token or summed as configured; ``saturated``: share of pairs
-    without weight (``"logsigmoid"`` only). All 0-dim tensors.
+    Attributes:
+        u: the unit vector by parameter name, in float32, or in float64 of a float64 model.
+        norm: of the gradient before it was normalised, 0-dim.
+        loss: the safety loss, 0-dim.
+        margin: mean over pairs of log p(chosen) - log p(rejected) in nats, per token or summed as configured, 0-dim.
+        saturated: share of pairs without weight (``"logsigmoid"`` only), 0-dim.
+        tokens: how many tokens the pairs have.
     """
 
     u: Flat
@@ -36,69 +39,54 @@ class Direction:
     saturated: Tensor
     tokens: int
 
-
-@dataclass(frozen=True)
-class SafetyPass:
-    """The pass over packed pairs whose gradient is the direction: begun, to be run alone or together with another.
-
-    It is without dropout, since the direction is a property of the weights. ``run``: what the decoder is to run.
-    """
-
-    decoder: Decoder
-    rows: Rows
-    run: Pass
-    config: SAPConfig
-
     @classmethod
-    def start(cls, decoder: Decoder, rows: Rows, probe: Mapping[int, Tensor], config: SAPConfig) -> "SafetyPass":
-        """Prepare it.
-
-        Args:
-            rows: packed pairs, chosen sequences first.
-            probe: ``[1, d]`` by layer, what acts during this pass; empty for none.
-        """
-        run = decoder.start(rows, seed=None, probe=probe)
-        # An ordinary pass, but one whose gradient only has to point somewhere.
-        return cls(decoder, rows, replace(run, float8=decoder.float8), config)
-
-    def scored(self, nll: Tensor) -> "_Scored":
-        """What the negative log-likelihoods of its scored tokens, ``nll [M]``, come to."""
-        margin = pair_margins(-nll, self.rows, per_token=self.config.per_token)
-        return _Scored(*safety_loss(margin, self.config), margin)
-
-    def direction(self, scored: "_Scored", gradient: Sequence[Tensor | None]) -> Direction:
-        """The direction that the gradient of ``scored.loss``, with respect to ``decoder.trained``, points in."""
-        whole = Flat.of(self.decoder.trained, gradient)
-        norm = whole.norm()
-        return Direction(
-            u=whole / norm,
-            norm=norm,
-            loss=scored.loss.detach(),
-            margin=scored.margin.detach().mean(),
-            saturated=(scored.weight < SATURATED).float().mean(),
-            tokens=self.rows.tokens,
-        )
+    def of(cls, sums: SafetySums) -> "Direction":
+        """Normalise the gradient of all pairs."""
+        norm = sums.theta.norm()
+        return cls(sums.theta / norm, norm, sums.loss, sums.margin, sums.saturated, sums.tokens)
 
 
-class _Scored(NamedTuple):
-    """The safety loss, and of each pair its weight in the gradient and its margin ``[P]``."""
+class SafetyLoss(NamedTuple):
+    """The pairs' share of the safety loss, and of each pair its weight in the gradient and its margin ``[P]``."""
 
     loss: Tensor
     weight: Tensor
     margin: Tensor
 
+    @classmethod
+    def of(cls, log_p: Tensor, rows: Rows, pairs: Count, config: SAPConfig) -> "SafetyLoss":
+        """Compute the loss that the model lowers by becoming safer.
 
-def harmful_direction(decoder: Decoder, rows: Rows, probe: Mapping[int, Tensor], config: SAPConfig) -> Direction:
-    """Compute the direction by a pass of its own; the arguments are those of :meth:`SafetyPass.start`."""
-    safety = SafetyPass.start(decoder, rows, probe, config)
-    nll, _ = decoder.forward(safety.run)
-    scored = safety.scored(nll)
-    found = torch.autograd.grad(scored.loss, list(decoder.trained.values()), allow_unused=True)
-    return safety.direction(scored, found)
+        Args:
+            log_p: of the scored tokens, ``[M]``.
+            rows: packed pairs, chosen sequences first.
+            pairs: how many the mean is over.
+            config: says which loss.
+        """
+        margin = pair_margins(log_p, rows, per_token=config.per_token)
+        if config.safety_loss == "difference":
+            return cls(-(margin.sum() / pairs), torch.ones_like(margin), margin)
+        scaled = margin / config.temperature
+        loss = -(torch.nn.functional.logsigmoid(scaled).sum() / pairs)
+        return cls(loss, torch.sigmoid(-scaled.detach()), margin)
+
+    def sums(self, theta: Flat, pairs: Count, tokens: int) -> SafetySums:
+        """Sum up what was seen, beside the gradient ``theta`` of the loss."""
+        margin, saturated = self.margin.detach().sum() / pairs, (self.weight < SATURATED).float().sum() / pairs
+        return SafetySums(theta, self.loss.detach(), margin, saturated, tokens)
 
 
 def pair_margins(log_p: Tensor, rows: Rows, *, per_token: bool) -> Tensor:
-    """``log p(chosen) - log p(rejected)`` of each pair, ``[P]``, from the scored tokens' ``log_p [M]``."""
+    """Subtract log p(rejected) from log p(chosen) in each pair.
+
+    Args:
+        log_p: of the scored tokens, ``[M]``.
+        rows: packed pairs, chosen sequences first.
+        per_token: whether an answer's log-probability is the mean over its tokens, not the sum.
+
+    Returns:
+        Margins in nats, ``[P]``.
+    """
     # A dense sum over [2P, M]: index_add would add in an order that changes from run to run on a GPU, and bincount
     # would wait for the device.
     member = rows.label_sequence == torch.arange(rows.sequences, device=log_p.device)[:, None]
@@ -107,11 +95,3 @@ def pair_margins(log_p: Tensor, rows: Rows, *, per_token: bool) -> Tensor:
         totals = totals / member.sum(1)
     chosen, rejected = totals.chunk(2)
     return chosen - rejected
-
-
-def safety_loss(margin: Tensor, config: SAPConfig) -> tuple[Tensor, Tensor]:
-    """The loss that the model lowers by becoming safer, and each pair's weight in its gradient ``[P]``."""
-    if config.safety_loss == "difference":
-        return -margin.mean(), torch.ones_like(margin)
-    scaled = margin / config.temperature
-    return -torch.nn.functional.logsigmoid(scaled).mean(), torch.sigmoid(-scaled.detach())

@@ -6,11 +6,13 @@ tensors are views of it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
+
+from sap_fast.tensors import LEFT_ALONE
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +24,7 @@ class Flat(Mapping[str, Tensor]):
     """
 
     vector: Tensor
-    layout: tuple[tuple[str, torch.Size], ...]
+    layout: tuple[tuple[str, torch.Size], ...] = field(metadata=LEFT_ALONE)
 
     @classmethod
     def of(cls, like: Mapping[str, Tensor], values: Sequence[Tensor | None] | None = None) -> "Flat":

@@ -1,30 +1,51 @@
-"""The passes over the task batch that a step is made of. None of them writes to the model.
+"""The passes that a step is made of, each an objective, and the one solver of them. None writes to the model.
 
-Each takes the step's micro-batches and returns :class:`Gradients` of the mean loss over all their scored
-tokens, so that n micro-batches give what one big batch gives.
+An objective is a traversal of the decoder, a number to differentiate, and the variables to differentiate it by:
+
+    Ordinary(task)   grad_theta L                                       at a probe, or without one
+    Dual(task)       grad_theta L, grad_V L and grad_V L_dot at once    the lagged step
+    Inner(task)      grad_V L_dot alone; may leave a cut                the fresh step, at V = 0
+    Outer(cut)       grad_theta L, restarted from the cut               the fresh step, at the probe found
+    Safety(pairs)    grad_theta of the safety loss                      the direction
+
+:func:`solve` runs one of them, or several of equal depth in lockstep: each layer multiplies its frozen weights by the
+rows of all at once,
+
+    [task x ; task x_dot ; pairs]          forward, as one product with W
+    [pairs dy ; task dy ; task dy_dot]     backward, as one product with W^T
+
+and what depends on more than a row (norms with their probes, attention, adapters, head) runs on each by itself. Nothing
+of one reaches the other's numbers.
 """
 
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from sap_fast.batch.rows import Count, Rows
+from sap_fast.config import SAPConfig
+from sap_fast.method.direction import SafetyLoss
 from sap_fast.method.flat import Flat
 from sap_fast.method.probe import Probe
-from sap_fast.model.decoder import Decoder, Pass, Stream
+from sap_fast.method.reduce import Gradients, SafetySums
+from sap_fast.model.decoder import Decoder, Stream, Traversal
+
+Found = TypeVar("Found", covariant=True)
 
 
 @dataclass(frozen=True)
 class Micro:
     """One packed micro-batch and the seed of its dropout masks, which all passes of a step share.
 
-    ``weight``: how many times its share in the tangents' results counts, where it stands for sequences without
-    tangents, too.
+    Attributes:
+        rows: of its sequences.
+        seed: int64 scalar tensor; None without dropout.
+        weight: how many times its share in the tangents' results counts, where it stands for sequences without
+            tangents, too.
     """
 
     rows: Rows
@@ -33,178 +54,196 @@ class Micro:
 
 
 # Of each micro-batch: sequences with tangents, and the others; None where there are none.
-Parts = list[tuple[Micro | None, Micro | None]]
+Split = list[tuple[Micro | None, Micro | None]]
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """What the passes of a step yield; a field is empty where a pass does not compute it.
+class Objective(ABC, Generic[Found]):
+    """A traversal of the decoder that is begun, and what is to be found by it.
 
-    ``loss``; ``loss_dot``, the slope of the loss along u; ``theta``: grad_theta L by name;
-    ``probe_dot``: grad_V L_dot ``[P, d]``; ``probe``: grad_V L ``[P, d]``; ``rms``: per-token RMS of each probed
-    layer's output ``[P, tokens]``.
+    Attributes:
+        traversal: what the decoder is to run.
+        stream: where it starts; None at the embeddings.
+        layer: the first layer that it runs.
+        variables: what the gradients are taken by. No two that are solved together share one.
     """
 
-    loss: Tensor
-    loss_dot: Tensor
-    theta: Flat
-    probe_dot: Tensor
-    probe: Tensor
-    rms: Tensor
+    traversal: Traversal
+    stream: Stream | None = None
+    layer: int = 0
+    variables: list[Tensor]
 
-    def __add__(self, other: "Gradients") -> "Gradients":
-        """The shares of further micro-batches added, and the RMS of their tokens appended."""
-        return Gradients(
-            self.loss + other.loss,
-            self.loss_dot + other.loss_dot,
-            self.theta + other.theta,
-            self.probe_dot + other.probe_dot,
-            self.probe + other.probe,
-            torch.cat((self.rms, other.rms), 1),
+    @abstractmethod
+    def scalar(self, nll: Tensor, nll_dot: Tensor | None) -> Tensor:
+        """Make the number to differentiate from the scored tokens' negative log-likelihoods ``[M]``."""
+
+    @abstractmethod
+    def found(self, gradients: Sequence[Any]) -> Found:
+        """Make the result from the gradients of that number by the variables, None where there is none."""
+
+
+def solve(decoder: Decoder, objectives: Sequence[Objective[Found]]) -> Iterator[list[Found]]:
+    """Find what objectives ask for, by one forward and one backward for all that can share their frozen products.
+
+    Args:
+        decoder: of the model.
+        objectives: of equal depth; only the first may carry tangents.
+
+    Yields:
+        What those have found that shared products, in their order. All share, unless the products of only some may be
+        in float8: then those do, and the others are solved one by one after them.
+    """
+    if decoder.float8 is None:
+        yield _lockstep(decoder, objectives)
+        return
+    if together := [o for o in objectives if o.traversal.float8 is not None]:
+        yield _lockstep(decoder, together)
+    yield from (_lockstep(decoder, [o]) for o in objectives if o.traversal.float8 is None)
+
+
+def _lockstep(decoder: Decoder, objectives: Sequence[Objective[Found]]) -> list[Found]:
+    (first,) = {objective.layer for objective in objectives}
+    traversals = [objective.traversal for objective in objectives]
+    streams = [decoder.embed(o.traversal) if o.stream is None else o.stream for o in objectives]
+    streams = decoder.run_together(traversals, streams, first, len(decoder.layers))
+    scalars = [o.scalar(*decoder.score(o.traversal, stream)) for o, stream in zip(objectives, streams, strict=True)]
+    del streams  # while the backward runs, its graph holds what it needs
+    variables = [variable for objective in objectives for variable in objective.variables]
+    assert len({id(variable) for variable in variables}) == len(variables)
+    gradients, results = list(torch.autograd.grad(scalars, variables, allow_unused=True)), []
+    for objective in objectives:
+        count = len(objective.variables)
+        results.append(objective.found(gradients[:count]))
+        del gradients[:count]
+    return results
+
+
+class _OverTask(Objective[Gradients]):
+    """What the objectives over a task batch have in common: their share of the mean loss and of its slope.
+
+    Args:
+        decoder: of the model.
+        micro: a micro-batch.
+        scored: how many tokens the mean is over.
+    """
+
+    def __init__(self, decoder: Decoder, micro: Micro, scored: Count) -> None:
+        self._decoder, self._micro, self._scored = decoder, micro, scored
+
+
+class _OfLoss(_OverTask):
+    """An ordinary pass, which differentiates the loss."""
+
+    def scalar(self, nll: Tensor, nll_dot: Tensor | None) -> Tensor:
+        self._loss = nll.sum() / self._scored
+        return self._loss
+
+
+class _OfSlope(_OverTask):
+    """A dual pass, which differentiates the slope of the loss along u."""
+
+    def scalar(self, nll: Tensor, nll_dot: Tensor | None) -> Tensor:
+        assert nll_dot is not None  # it carries tangents
+        self._loss, self._loss_dot = nll.sum() / self._scored, nll_dot.sum() / self._scored
+        return self._loss_dot
+
+    def _share(self, climb: Sequence[Any], probe: Probe, theta: Flat | None = None) -> Gradients:
+        """Make the result from the gradients by the probe, ``[2, d]`` of each layer."""
+        weight, rms = self._micro.weight, _rms(self.traversal, probe)
+        of_slope, of_loss = (torch.stack(tuple(climb)) * weight).unbind(1)
+        return Gradients.contribution(self._loss, self._loss_dot * weight, theta, of_slope, of_loss, rms)
+
+
+class Ordinary(_OfLoss):
+    """grad_theta L(theta, V) by an ordinary pass. Yields ``loss``, ``theta``, and with a probe ``rms``.
+
+    Args:
+        decoder, micro, scored: see above.
+        probe: V; None for none.
+        theta: values in the place of the model's, by which nothing is then differentiated.
+        of_probe: whether to yield ``probe``, grad_V L, too.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        micro: Micro,
+        scored: Count,
+        probe: Probe | None = None,
+        *,
+        theta: Mapping[str, Tensor] | None = None,
+        of_probe: bool = False,
+    ) -> None:
+        super().__init__(decoder, micro, scored)
+        self._probe, self._of_probe = probe, of_probe
+        leaves = {} if probe is None else probe.leaves(requires_grad=of_probe)
+        self.traversal = decoder.start(micro.rows, micro.seed, theta=theta, probe=leaves)
+        self._trained = {} if theta is not None else decoder.trained
+        self.variables = [*self._trained.values(), *(leaves.values() if of_probe else ())]
+
+    def found(self, gradients: Sequence[Any]) -> Gradients:
+        count, trained = len(self._trained), self._trained
+        return Gradients.contribution(
+            self._loss,
+            theta=Flat.of(trained, gradients[:count]) if trained else None,
+            probe=torch.cat(tuple(gradients[count:])) if self._of_probe else None,
+            rms=None if self._probe is None else _rms(self.traversal, self._probe),
         )
 
 
-def ordinary(
-    decoder: Decoder, micros: Sequence[Micro], probe: Probe | None = None, *, scored: Count | None = None
-) -> Gradients:
-    """grad_theta L(theta, V) by an ordinary pass; V = 0 without a probe.
+class Dual(_OfSlope):
+    """The inner and the outer problem at the same probe, by one dual pass. Yields all there is.
 
-    Yields ``loss`` and ``theta``, and with a probe ``rms``.
-
-    Args:
-        scored: tokens that the mean is over; those of ``micros`` if None.
-    """
-    scored = tokens_scored(micros) if scored is None else scored
-
-    def share(micro: Micro) -> Gradients:
-        run = decoder.start(micro.rows, micro.seed, probe=probe.singles() if probe else None)
-        nll, _ = decoder.forward(run)
-        loss = nll.sum() / scored
-        grads = torch.autograd.grad(loss, list(decoder.trained.values()), allow_unused=True)
-        return _share(loss, theta=Flat.of(decoder.trained, grads), rms=_rms(run, probe) if probe else None)
-
-    return _sum(map(share, micros))
-
-
-@dataclass(frozen=True)
-class DualPass:
-    """A dual pass over one micro-batch: begun, to be run alone or together with another.
-
-    ``directions`` and ``leaves`` are the variables that its backward finds gradients of.
-    """
-
-    micro: Micro
-    probe: Probe
-    directions: dict[str, Tensor]
-    leaves: dict[int, Tensor]
-    run: Pass
-
-    @classmethod
-    def start(cls, decoder: Decoder, micro: Micro, probe: Probe, u: Flat) -> "DualPass":
-        directions = {name: t.detach().requires_grad_() for name, t in u.items()}
-        leaves = probe.pairs()
-        run = decoder.start(micro.rows, micro.seed, theta_dot=directions, probe=leaves)
-        return cls(micro, probe, directions, leaves, run)
-
-    @property
-    def variables(self) -> list[Tensor]:
-        return [*self.directions.values(), *self.leaves.values()]
-
-    def share(self, loss: Tensor, loss_dot: Tensor, grads: Sequence[Any]) -> Gradients:
-        """What comes of its share of ``(L, L_dot)`` and of the gradients of L_dot, None where there is none."""
-        theta = Flat.of(self.directions, grads[: len(self.directions)])
-        climb = torch.stack(tuple(grads[len(self.directions) :]))
-        weight = self.micro.weight
-        return _share(loss, loss_dot * weight, theta, climb * weight, _rms(self.run, self.probe))
-
-
-def dual(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, *, scored: Count | None = None) -> Gradients:
-    """Everything at once, by one dual pass: the inner and the outer problem at the same probe.
+    What depends on the tangents (``loss_dot``, ``probe_dot``, ``probe``) carries the micro-batch's weight, and is an
+    unbiased estimate where its sequences are a random draw.
 
     Args:
+        decoder, micro, scored: see above.
+        probe: V.
         u: the unit direction over all trained weights.
-        scored: tokens that the mean is over; those of ``micros`` if None.
     """
-    scored = tokens_scored(micros) if scored is None else scored
 
-    def share(micro: Micro) -> Gradients:
-        task = DualPass.start(decoder, micro, probe, u)
-        loss, loss_dot = mean(decoder.forward(task.run), scored)
-        return task.share(loss, loss_dot, torch.autograd.grad(loss_dot, task.variables, allow_unused=True))
+    def __init__(self, decoder: Decoder, micro: Micro, scored: Count, probe: Probe, u: Flat) -> None:
+        super().__init__(decoder, micro, scored)
+        self._probe = probe
+        self._directions = {name: t.detach().requires_grad_() for name, t in u.items()}
+        leaves = probe.dual_leaves()
+        self.traversal = decoder.start(micro.rows, micro.seed, theta_dot=self._directions, probe=leaves)
+        self.variables = [*self._directions.values(), *leaves.values()]
 
-    return _sum(map(share, micros))
+    def found(self, gradients: Sequence[Any]) -> Gradients:
+        count = len(self._directions)
+        return self._share(gradients[count:], self._probe, Flat.of(self._directions, gradients[:count]))
 
 
-def divided(decoder: Decoder, parts: Parts, probe: Probe, u: Flat) -> Gradients:
-    """What :func:`dual` yields, with tangents for some sequences only.
-
-    The loss and grad_theta L are those of all sequences. ``probe_dot`` and ``probe`` are estimates, unbiased where
-    the sequences with tangents are a random draw.
+class Safety(Objective[SafetySums]):
+    """The gradient of the safety loss, by a pass without dropout: the direction is a property of the weights.
 
     Args:
-        parts: of each micro-batch the sequences with tangents, which carry the weight, and the others.
+        decoder: of the model.
+        rows: packed pairs, chosen sequences first.
+        pairs: how many the means are over.
+        probe: ``[1, d]`` by layer, what acts during this pass; empty for none.
+        config: says which safety loss.
     """
-    chosen, others, scored = sides(parts)
-    if decoder.float8 is not None:
-        # What is run together shares its frozen products, and of the others' none may be in float8.
-        return completed(decoder, dual(decoder, chosen, probe, u, scored=scored), others, probe, u, scored=scored)
-    found = []
-    for some, rest in parts:
-        if some is not None and rest is not None:
-            found.append(_together(decoder, some, rest, probe, u, scored))
-        elif some is not None:
-            found.append(dual(decoder, [some], probe, u, scored=scored))
-    alone = [rest for some, rest in parts if some is None and rest is not None]
-    return completed(decoder, _sum(found), alone, probe, u, scored=scored)
 
+    def __init__(
+        self, decoder: Decoder, rows: Rows, pairs: Count, probe: Mapping[int, Tensor], config: SAPConfig
+    ) -> None:
+        self._decoder, self._pairs, self._config = decoder, pairs, config
+        # An ordinary pass, but one whose gradient only has to point somewhere.
+        self.traversal = replace(decoder.start(rows, seed=None, probe=probe), float8=decoder.float8)
+        self.variables = [*decoder.trained.values()]
 
-def _together(decoder: Decoder, some: Micro, rest: Micro, probe: Probe, u: Flat, scored: Count) -> Gradients:
-    """A dual pass over some sequences and an ordinary one over the rest, each frozen product once for the rows of both.
+    def scalar(self, nll: Tensor, nll_dot: Tensor | None) -> Tensor:
+        self._seen = SafetyLoss.of(-nll, self.traversal.rows, self._pairs, self._config)
+        return self._seen.loss
 
-    They share no variable: what the rest yields goes to the weights themselves, not to their directions.
-    """
-    ordinary_run = decoder.start(rest.rows, rest.seed, probe=probe.singles())
-    task = DualPass.start(decoder, some, probe, u)
-    runs = [task.run, ordinary_run]
-    streams = decoder.run_together(runs, [decoder.embed(run) for run in runs], 0, len(decoder.layers))
-    loss, loss_dot = mean(decoder.score(runs[0], streams[0]), scored)
-    of_rest, _ = mean(decoder.score(runs[1], streams[1]), scored)
-    variables, count = [*task.variables, *decoder.trained.values()], len(task.variables)
-    grads = torch.autograd.grad([loss_dot, of_rest], variables, allow_unused=True)
-    found = task.share(loss, loss_dot, grads[:count])
-    return replace(
-        found,
-        loss=found.loss + of_rest.detach(),
-        theta=found.theta + Flat.of(decoder.trained, grads[count:]),
-        rms=torch.cat((found.rms, _rms(runs[1], probe)), 1),
-    )
-
-
-def sides(parts: Parts) -> tuple[list[Micro], list[Micro], Count]:
-    """Those with tangents, the others, and the scored tokens of all."""
-    chosen, others = ([part for part in side if part is not None] for side in zip(*parts, strict=True))
-    return chosen, others, tokens_scored(chosen) + tokens_scored(others)
-
-
-def completed(
-    decoder: Decoder, with_tangents: Gradients, others: Sequence[Micro], probe: Probe, u: Flat, *, scored: Count
-) -> Gradients:
-    """What a dual pass over some sequences has found, completed by an ordinary one over the others."""
-    if not others:
-        return replace(with_tangents, loss_dot=with_tangents.theta.dot(u))
-    without = ordinary(decoder, others, probe, scored=scored)
-    theta = with_tangents.theta + without.theta
-    return replace(
-        with_tangents,
-        loss=with_tangents.loss + without.loss,
-        loss_dot=theta.dot(u),
-        theta=theta,
-        rms=torch.cat((with_tangents.rms, without.rms), 1),
-    )
+    def found(self, gradients: Sequence[Any]) -> SafetySums:
+        return self._seen.sums(Flat.of(self._decoder.trained, gradients), self._pairs, self.traversal.rows.tokens)
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """A dual pass cut beneath the lowest probe: the stream there, its tangents still attached to what lies beneath."""
 
     micro: Micro
@@ -214,137 +253,97 @@ class _Cut:
     tangents: tuple[Tensor, Tensor]
 
 
-def inner(
-    decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, *, keep: bool, scored: Count | None = None
-) -> tuple[Gradients, list[_Cut]]:
-    """grad_V L_dot alone: a dual pass whose backward ends at the lowest probe.
+class Inner(_OfSlope):
+    """grad_V L_dot alone, by a dual pass whose backward ends at the lowest probe. Yields all but ``theta``.
 
     Args:
-        keep: whether to keep what lies beneath the lowest probe for :func:`restarted`.
-        scored: tokens that the mean is over; those of ``micros`` if None.
+        decoder, micro, scored, probe, u: as for :class:`Dual`.
+        keep: whether to keep what lies beneath the lowest probe, as ``cut``, for :class:`Outer` to restart from.
     """
-    scored = tokens_scored(micros) if scored is None else scored
-    lowest, depth = min(probe.layers), len(decoder.layers)
-    cuts = []
 
-    def share(micro: Micro) -> Gradients:
+    def __init__(self, decoder: Decoder, micro: Micro, scored: Count, probe: Probe, u: Flat, *, keep: bool) -> None:
+        super().__init__(decoder, micro, scored)
         assert not keep or micro.weight == 1
+        self._probe, self.layer = probe, min(probe.layers) + 1
         directions = {name: t.detach().requires_grad_(keep) for name, t in u.items()}
-        leaves = probe.pairs()
         with torch.set_grad_enabled(keep):
             beneath = decoder.start(micro.rows, micro.seed, theta_dot=directions)
-            stream = decoder.run_layers(beneath, decoder.embed(beneath), 0, lowest + 1)
+            residual, residual_dot, update, update_dot = decoder.run_layers(
+                beneath, decoder.embed(beneath), 0, self.layer
+            )
+        assert residual_dot is not None and update is not None and update_dot is not None  # it carries tangents
+        self.cut = Cut(micro, directions, residual, update, (residual_dot, update_dot)) if keep else None
         # From here upwards only the probe is a variable; the direction and what lies beneath are constants.
-        above = replace(beneath, theta_dot=_detached(beneath), probe=leaves, rms={})
-        residual, residual_dot, update, update_dot = stream
-        assert residual_dot is not None and update is not None and update_dot is not None  # it is a pair
-        start = Stream(residual.detach(), residual_dot.detach(), update.detach(), update_dot.detach())
-        nll = decoder.score(above, decoder.run_layers(above, start, lowest + 1, depth))
-        loss, loss_dot = mean(nll, scored)
-        grads = torch.autograd.grad(loss_dot, list(leaves.values()))
-        if keep:
-            cuts.append(_Cut(micro, directions, residual, update, (residual_dot, update_dot)))
-        return _share(loss, loss_dot * micro.weight, probe=torch.stack(grads) * micro.weight, rms=_rms(above, probe))
+        constant = {name: t.detach() for name, t in (beneath.theta_dot or {}).items()}
+        leaves = probe.dual_leaves()
+        self.traversal = replace(beneath, theta_dot=constant, probe=leaves, rms={})
+        self.stream = Stream(residual.detach(), residual_dot.detach(), update.detach(), update_dot.detach())
+        self.variables = [*leaves.values()]
 
-    return _sum(map(share, micros)), cuts
+    def found(self, gradients: Sequence[Any]) -> Gradients:
+        return self._share(gradients, self._probe)
 
 
-def restarted(decoder: Decoder, cuts: Sequence[_Cut], probe: Probe) -> Gradients:
-    """grad_theta L(theta, V) by an ordinary pass that restarts from the stream beneath the lowest probe.
+class Outer(_OfLoss):
+    """grad_theta L(theta, V) by an ordinary pass that restarts from a cut. Yields ``loss`` and ``theta``.
 
-    What lies beneath does not depend on V. Its backward is the half backward of the dual pass: the cotangent
-    of the tangent half is the ordinary gradient, so dL/dstream is handed to the kept graph as that of the tangents.
+    What lies beneath the lowest probe does not depend on V. Its backward is the half backward of the dual pass: the
+    cotangent of the tangent half is the ordinary gradient, so dL/dstream is handed to the kept graph as that of the
+    tangents.
     """
-    scored, lowest, depth = tokens_scored([cut.micro for cut in cuts]), min(probe.layers), len(decoder.layers)
 
-    def share(cut: _Cut) -> Gradients:
-        run = decoder.start(cut.micro.rows, cut.micro.seed, probe=probe.singles())
+    def __init__(self, decoder: Decoder, cut: Cut, scored: Count, probe: Probe) -> None:
+        super().__init__(decoder, cut.micro, scored)
+        self._cut, self.layer = cut, min(probe.layers) + 1
+        self.traversal = decoder.start(cut.micro.rows, cut.micro.seed, probe=probe.leaves())
         residual, update = cut.residual.detach().requires_grad_(), cut.update.detach().requires_grad_()
-        stream = decoder.run_layers(run, Stream(residual, None, update, None), lowest + 1, depth)
-        loss, _ = mean(decoder.score(run, stream), scored)
-        *above, dresidual, dupdate = torch.autograd.grad(
-            loss, [*decoder.trained.values(), residual, update], allow_unused=True
-        )
-        theta = Flat.of(decoder.trained, above)
+        self.stream = Stream(residual, None, update, None)
+        self.variables = [*decoder.trained.values(), residual, update]
+
+    def found(self, gradients: Sequence[Any]) -> Gradients:
+        *above, dresidual, dupdate = gradients
+        cut, theta = self._cut, Flat.of(self._decoder.trained, above)
         # A tangent that no adapter beneath the probe feeds has no graph.
         ends = [(t, d) for t, d in zip(cut.tangents, (dresidual, dupdate), strict=True) if t.requires_grad]
         if ends:
             tangents, cotangents = zip(*ends, strict=True)
-            found = torch.autograd.grad(tangents, list(cut.directions.values()), cotangents, allow_unused=True)
-            theta = theta + Flat.of(cut.directions, found)
-        return _share(loss, theta=theta)
-
-    return _sum(map(share, cuts))
+            beneath = torch.autograd.grad(tangents, list(cut.directions.values()), cotangents, allow_unused=True)
+            theta = theta + Flat.of(cut.directions, beneath)
+        return Gradients.contribution(self._loss, theta=theta)
 
 
-def finite_difference(decoder: Decoder, micros: Sequence[Micro], probe: Probe, u: Flat, radius: Tensor) -> Gradients:
-    """What :func:`dual` yields, with the derivative along u as a forward difference of two ordinary passes.
+def finite_difference(
+    decoder: Decoder, micro: Micro, scored: Count, probe: Probe, ahead: Mapping[str, Tensor], radius: Tensor
+) -> Gradients:
+    """What :class:`Dual` yields, with the derivative along u as a forward difference of two ordinary passes.
 
-    For comparison: it costs as much, and its rounding error is that of a gradient divided by ``radius``
-    (0-dim). The moved weights are copies; the model's are never written.
+    For comparison: it costs as much, and its rounding error is that of a gradient divided by ``radius``.
+
+    Args:
+        decoder, micro, scored, probe: as for :class:`Dual`.
+        ahead: the trained weights moved by ``radius`` along u: copies, since the model's are never written.
+        radius: 0-dim.
     """
-    scored, trained = tokens_scored(micros), decoder.trained
-    moved = (Flat.of(trained) + u * radius).copies(trained)
-
-    def share(micro: Micro) -> Gradients:
-        leaves = probe.singles(requires_grad=True)
-        run = decoder.start(micro.rows, micro.seed, probe=leaves)
-        loss = decoder.forward(run)[0].sum() / scored
-        grads = torch.autograd.grad(loss, [*trained.values(), *leaves.values()], allow_unused=True)
-        at_theta = torch.cat(grads[len(trained) :])
-        ahead = decoder.start(micro.rows, micro.seed, theta=moved, probe=leaves)
-        loss_moved = decoder.forward(ahead)[0].sum() / scored
-        at_moved = torch.cat(torch.autograd.grad(loss_moved, list(leaves.values())))
-        climb = torch.stack(((at_moved - at_theta) / radius, at_theta), 1)
-        theta = Flat.of(trained, grads[: len(trained)])
-        return _share(loss, (loss_moved - loss) / radius, theta, climb, _rms(run, probe))
-
-    return _sum(map(share, micros))
+    [[here]] = solve(decoder, [Ordinary(decoder, micro, scored, probe, of_probe=True)])
+    [[there]] = solve(decoder, [Ordinary(decoder, micro, scored, probe, theta=ahead, of_probe=True)])
+    # Halves of one tensor, as those of a dual pass: what is computed from them then adds up in the same order.
+    of_slope, of_loss = torch.stack(((there.probe - here.probe) / radius, here.probe), 1).unbind(1)
+    return replace(here, loss_dot=(there.loss - here.loss) / radius, probe_dot=of_slope, probe=of_loss)
 
 
-def tokens_scored(micros: Sequence[Micro]) -> Count:
-    """... of all micro-batches."""
+def scored_tokens(micros: Sequence[Micro]) -> Count:
+    """The number of scored tokens in all micro-batches, which their mean loss is over."""
     return sum(micro.rows.scored for micro in micros)
 
 
-def mean(nll: tuple[Tensor, Tensor | None], scored: Count) -> tuple[Tensor, Tensor]:
-    """A micro-batch's share of ``(L, L_dot)``; in an ordinary pass L_dot is 0."""
-    loss = nll[0].sum() / scored
-    return loss, torch.zeros_like(loss) if nll[1] is None else nll[1].sum() / scored
+def split_sides(split: Split) -> tuple[list[Micro], list[Micro]]:
+    """The micro-batches of sequences with tangents, and those of the others."""
+    chosen, others = ([part for part in side if part is not None] for side in zip(*split, strict=True))
+    return chosen, others
 
 
-def _detached(run: Pass) -> dict[str, Tensor]:
-    return {name: t.detach() for name, t in (run.theta_dot or {}).items()}
-
-
-def _rms(run: Pass, probe: Probe) -> Tensor:
+def _rms(traversal: Traversal, probe: Probe) -> Tensor:
     """``[P, tokens]``: a row that sequences share counts for each of them; that of a dead token is infinite."""
-    rms, rows = torch.stack([run.rms[j] for j in probe.layers]), run.rows
+    rms, rows = torch.stack([traversal.rms[j] for j in probe.layers]), traversal.rows
     rms = rms if rows.shared is None else rms.index_select(1, rows.shared.spread.rows)
     return rms if rows.padding is None else rms.masked_fill(rows.padding.tokens, torch.inf)
-
-
-def _share(
-    loss: Tensor,
-    loss_dot: Tensor | None = None,
-    theta: Flat | None = None,
-    probe: Tensor | None = None,
-    rms: Tensor | None = None,
-) -> Gradients:
-    """One micro-batch's share; ``probe`` holds ``[P, 2, d]``: grad_V L_dot, grad_V L."""
-    loss = loss.detach()
-    empty = loss.new_empty(0, 0)
-    probe_dot, probe = (empty, empty) if probe is None else probe.unbind(1)
-    return Gradients(
-        loss,
-        torch.zeros_like(loss) if loss_dot is None else loss_dot.detach(),
-        Flat(empty.view(0), ()) if theta is None else theta,
-        probe_dot,
-        probe,
-        empty if rms is None else rms,
-    )
-
-
-def _sum(shares: Iterable[Gradients]) -> Gradients:
-    """The sum over micro-batches, each share let go as soon as it is added."""
-    return reduce(add, shares)

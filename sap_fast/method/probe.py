@@ -49,15 +49,15 @@ class Probe:
         """The rows of a tensor ``[P, ...]`` by layer: views."""
         return dict(zip(self.layers, rows.unbind(), strict=True))
 
-    def pairs(self) -> dict[int, Tensor]:
-        """Leaves ``[2, d]`` for a pair; the tangent half is zero, since the probe does not move with the weights."""
-        return self._leaves(torch.stack((self.vectors, torch.zeros_like(self.vectors)), 1), requires_grad=True)
+    def dual_leaves(self) -> dict[int, Tensor]:
+        """Leaves ``[2, d]`` by layer for a dual pass; their tangents are 0: a probe does not move with the weights."""
+        return self._by_layer(torch.stack((self.vectors, torch.zeros_like(self.vectors)), 1), requires_grad=True)
 
-    def singles(self, *, requires_grad: bool = False) -> dict[int, Tensor]:
-        """Leaves ``[1, d]`` for an ordinary pass."""
-        return self._leaves(self.vectors[:, None], requires_grad)
+    def leaves(self, *, requires_grad: bool = False) -> dict[int, Tensor]:
+        """Leaves ``[1, d]`` by layer for an ordinary pass."""
+        return self._by_layer(self.vectors[:, None], requires_grad)
 
-    def _leaves(self, stacks: Tensor, requires_grad: bool) -> dict[int, Tensor]:
+    def _by_layer(self, stacks: Tensor, requires_grad: bool) -> dict[int, Tensor]:
         return {j: x.detach().requires_grad_(requires_grad) for j, x in self.by_layer(stacks).items()}
 
     def at_zero(self) -> "Probe":

@@ -23,16 +23,16 @@ class Rhythm:
     def of(cls, config: SAPConfig) -> "Rhythm":
         return cls(interval=config.direction_every)
 
-    def probes(self, config: SAPConfig) -> bool:
+    def finds_probe(self, config: SAPConfig) -> bool:
         """Whether this step finds a probe; always true of a guard without one, which has nothing to wait for."""
         return not config.uses_probe or self.steps % config.probe_every == 0
 
-    def directs(self, config: SAPConfig) -> bool:
+    def finds_direction(self, config: SAPConfig) -> bool:
         """Whether this step finds a direction."""
-        return self.age is None or (self.probes(config) and self.age + 1 >= self.interval)
+        return self.age is None or (self.finds_probe(config) and self.age + 1 >= self.interval)
 
     def after(self, *, directed: bool) -> "Rhythm":
-        """... a step, which found a direction or did not."""
+        """Count a step, which found a direction or did not."""
         assert directed or self.age is not None
         return replace(self, steps=self.steps + 1, age=0 if directed else (self.age or 0) + 1)
 

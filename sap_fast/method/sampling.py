@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sap_fast.batch.packer import Packer
 from sap_fast.batch.rows import HostBatch
-from sap_fast.method.passes import Micro, Parts
+from sap_fast.method.passes import Micro, Split
 
 
 def some_pairs(pairs: HostBatch, wanted: int) -> HostBatch:
@@ -20,7 +20,7 @@ def some_pairs(pairs: HostBatch, wanted: int) -> HostBatch:
     if wanted >= count:
         return pairs
     chosen = torch.randperm(count)[:wanted].sort().values.tolist()
-    return pairs.drawn([*chosen, *(count + i for i in chosen)])
+    return pairs.select_sequences([*chosen, *(count + i for i in chosen)])
 
 
 def some_tangents(
@@ -29,7 +29,7 @@ def some_tangents(
     fraction: float,
     packer: Packer,
     draw_seed: Callable[[], Tensor | None],
-) -> Parts | None:
+) -> Split | None:
     """Each micro-batch in two parts: sequences that carry tangents, and the others; None if all would.
 
     Args:
@@ -51,7 +51,7 @@ def some_tangents(
             return None
         if chosen.all():
             return replace(micro, weight=weight)
-        return Micro(packer.task(batch.drawn(chosen.nonzero()[:, 0].tolist())), draw_seed(), weight)
+        return Micro(packer.task(batch.select_sequences(chosen.nonzero()[:, 0].tolist())), draw_seed(), weight)
 
     return [
         (part(batch, micro, chosen, total / wanted), part(batch, micro, ~chosen, 1.0))

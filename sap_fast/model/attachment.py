@@ -1,9 +1,10 @@
-"""Whether a model's modules do just what their classes say, and still are what they were at ``attach``.
+"""Whether a model is attached, its modules do just what their classes say, and still are what they were at ``attach``.
 
 The pair forward reads weights and runs the library's ops: a hook, a replaced forward or a module exchanged later
 would be silently bypassed. Each is refused by name instead.
 """
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,3 +96,33 @@ _AGAIN = "detach and attach again"
 
 def _members(module: nn.Module) -> tuple[int, ...]:
     return tuple(map(id, (*module._modules.values(), *module._parameters.values())))
+
+
+class _Attached:
+    """Set on the transformers model while it is attached, so that a PEFT model around it counts as attached too.
+
+    A copy of the model, by deepcopy or pickle, is another model: the mark becomes None there.
+    """
+
+    NAME = "_sap_fast_attached"
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+def mark(base: nn.Module) -> None:
+    """Mark a transformers model as attached.
+
+    Raises:
+        RuntimeError: it is attached already.
+    """
+    if isinstance(getattr(base, _Attached.NAME, None), _Attached):
+        raise RuntimeError("this model is attached already: use that handle, or detach it first")
+    setattr(base, _Attached.NAME, _Attached())
+
+
+def unmark(reference: weakref.ref[nn.Module]) -> None:
+    """Take the mark off, if the model still lives."""
+    base = reference()
+    if base is not None:
+        base.__dict__.pop(_Attached.NAME, None)

@@ -13,7 +13,7 @@ output keep their meaning.
 
 Beneath the lowest probe the primal half needs no gradient, so the ops there run their half backward.
 
-Several passes can be run together: a layer's forward is a generator for one of them, which hands out what goes into
+Several traversals can be run together: a layer's forward is a generator for one of them, which hands out what goes into
 linear maps and is handed back what comes out, and the maps take the rows of all passes at once.
 """
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sap_fast.batch.packer import Packer
 from sap_fast.batch.rows import Rows
 from sap_fast.dual import halves
 from sap_fast.model.lockstep import lockstep
@@ -65,8 +66,8 @@ class Stream(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What is constant over one traversal of the decoder.
+class Traversal:
+    """One traversal of the decoder, and what is constant over it.
 
     ``theta`` holds the values of all LoRA tensors by name. ``theta_dot`` holds the direction, and makes the pass
     a pair; gradients go to it (see :func:`sap_fast.ops.lora_linear`), else to ``theta``. ``probe`` holds
@@ -137,19 +138,19 @@ class Projection:
     b: str = ""
     salt: int = 0
 
-    def target(self, run: Pass) -> LoRATarget:
+    def target(self, traversal: Traversal) -> LoRATarget:
         weight = self.base.weight.detach()
         bias = None if self.base.bias is None else self.base.bias.detach()
-        float8 = None if run.float8 is None else run.float8[self.base]
+        float8 = None if traversal.float8 is None else traversal.float8[self.base]
         if not self.adapter:
             return LoRATarget(weight, bias, float8=float8)
-        drop, dot = self.lora.lora_dropout[self.adapter], run.theta_dot
-        dropping = run.seed is not None and drop.training and isinstance(drop, nn.Dropout)
+        drop, dot = self.lora.lora_dropout[self.adapter], traversal.theta_dot
+        dropping = traversal.seed is not None and drop.training and isinstance(drop, nn.Dropout)
         return LoRATarget(
             weight,
             bias,
-            run.theta[self.a],
-            run.theta[self.b],
+            traversal.theta[self.a],
+            traversal.theta[self.b],
             None if dot is None else dot[self.a],
             None if dot is None else dot[self.b],
             self.lora.scaling[self.adapter],
@@ -177,7 +178,7 @@ class Layer:
     head_dim: int
     scale: float
     window: int | None
-    rotary_type: str | None  # which of a Pass's tables turns queries and keys; None where all layers share one
+    rotary_type: str | None  # which of a traversal's tables turns queries and keys; None where all layers share one
     activation: str
     attention: Callable[..., tuple[Tensor, Tensor | None]] = attention  # or what attention_backends chose
 
@@ -191,25 +192,28 @@ class Layer:
         return tuple(norm for norm in (*stream, self.q_norm, self.k_norm) if norm is not None)
 
     def forward(
-        self, streams: Sequence[Stream], probes: Sequence[Tensor | None], runs: Sequence[Pass]
+        self, streams: Sequence[Stream], probes: Sequence[Tensor | None], traversals: Sequence[Traversal]
     ) -> list[tuple[Stream, Tensor | None]]:
-        """Run the layer for one pass, or for several together, of which only the first may be a pair.
+        """Run the layer for one traversal, or for several together, of which only the first may be a pair.
 
         Args:
-            streams, probes, runs: of each pass; a probe is that of the layer before, added to the stream here.
+            streams, probes, traversals: of each; a probe is that of the layer before, added to the stream here.
 
         Returns:
-            Of each pass the stream, and ``rstd [rows]`` of the sum (None in the first layer, which has none).
+            Of each traversal the stream, and ``rstd [rows]`` of the sum (None in the first layer, which has none).
         """
         return lockstep(
-            [self._traverse(*each) for each in zip(streams, probes, runs, strict=True)],
+            [self._traverse(*each) for each in zip(streams, probes, traversals, strict=True)],
             lambda asked: lora_linear_together(
-                [Part(*x, [p.target(run) for p in maps], run.seed) for (x, maps), run in zip(asked, runs, strict=True)]
+                [
+                    Part(*x, [p.target(traversal) for p in maps], traversal.seed)
+                    for (x, maps), traversal in zip(asked, traversals, strict=True)
+                ]
             ),
         )
 
     def _traverse(
-        self, stream: Stream, probe: Tensor | None, run: Pass
+        self, stream: Stream, probe: Tensor | None, traversal: Traversal
     ) -> Generator[Asked, list[Pair], tuple[Stream, Tensor | None]]:
         residual, residual_dot, update, _ = stream
         rstd: Tensor | None = None
@@ -217,7 +221,7 @@ class Layer:
             y, y_dot = self.norm_before_attention(residual, residual_dot)
         else:
             residual, residual_dot, y, y_dot, rstd = self.norm_before_attention.of_sum(stream, probe)
-        m, m_dot = yield from self._attention(y, y_dot, run)
+        m, m_dot = yield from self._attention(y, y_dot, traversal)
         if self.norm_after_attention is not None:
             m, m_dot = self.norm_after_attention(m, m_dot)
         residual, residual_dot, y, y_dot, _ = self.norm_before_mlp.of_sum(Stream(residual, residual_dot, m, m_dot))
@@ -226,15 +230,15 @@ class Layer:
             m, m_dot = self.norm_after_mlp(m, m_dot)
         return Stream(residual, residual_dot, m, m_dot), rstd
 
-    def _attention(self, y: Tensor, y_dot: Tensor | None, run: Pass) -> Generator[Asked, list[Pair], Pair]:
+    def _attention(self, y: Tensor, y_dot: Tensor | None, traversal: Traversal) -> Generator[Asked, list[Pair], Pair]:
         qkv = yield (y, y_dot), self.qkv
         (q, q_dot), (k, k_dot), (v, v_dot) = ((self._heads(x), self._heads(x_dot)) for x, x_dot in qkv)
         if self.q_norm is not None:
             q, q_dot = self.q_norm(q, q_dot)
         if self.k_norm is not None:
             k, k_dot = self.k_norm(k, k_dot)
-        q, q_dot, k, k_dot = rotary(q, q_dot, k, k_dot, *run.rotary[self.rotary_type])
-        rows, shared = run.rows, run.rows.shared
+        q, q_dot, k, k_dot = rotary(q, q_dot, k, k_dot, *traversal.rotary[self.rotary_type])
+        rows, shared = traversal.rows, traversal.rows.shared
         options: dict[str, Any] = {"max_seqlen": rows.max_seqlen, "scale": self.scale, "window": self.window}
         if shared is not None:
             (k, k_dot), (v, v_dot) = take_rows([(k, k_dot), (v, v_dot)], shared.spread)
@@ -287,6 +291,16 @@ class Decoder:
         drops = [p.lora.lora_dropout[p.adapter] for p in adapted]
         return any(isinstance(drop, nn.Dropout) and drop.training and drop.p > 0 for drop in drops)
 
+    def packer(self, *, share_prefixes: bool) -> Packer:
+        """Make what checks and packs batches for this model.
+
+        Args:
+            share_prefixes: whether what sequences begin with in common is computed once. Under dropout a task batch
+                shares nothing, since each of its tokens has a mask of its own; the direction is computed without.
+        """
+        embeddings, shares_tasks = self.embedding.num_embeddings, share_prefixes and not self.drops_out()
+        return Packer(self.vocab_size, embeddings, self.device, shares_tasks, share_prefixes)
+
     def enter(self, part: Literal["direction", "task", "update", "write"]) -> None:
         """Called where a part of a step begins. Nothing happens here; a profiler's decoder takes the time."""
 
@@ -316,7 +330,7 @@ class Decoder:
         theta: Weights | None = None,
         theta_dot: Weights | None = None,
         probe: Mapping[int, Tensor] | None = None,
-    ) -> Pass:
+    ) -> Traversal:
         """Prepare a traversal.
 
         Args:
@@ -338,62 +352,64 @@ class Decoder:
                 which = {} if kind is None else {"layer_type": kind}
                 cos, sin = self.rotary_embedding(like, rows.position_ids[None], **which)
                 tables[kind] = cos[0], sin[0]
-        return Pass(rows, theta, theta_dot, probe or {}, seed, tables, None if theta_dot is None else self.float8)
+        return Traversal(rows, theta, theta_dot, probe or {}, seed, tables, None if theta_dot is None else self.float8)
 
-    def embed(self, run: Pass) -> Stream:
+    def embed(self, traversal: Traversal) -> Stream:
         """The stream that enters the first layer. Embeddings are frozen, so their tangent is zero."""
         with torch.no_grad():
-            x = F.embedding(run.rows.input_ids, self.embedding.weight)
+            x = F.embedding(traversal.rows.input_ids, self.embedding.weight)
             if self.embed_scale is not None:
                 x *= getattr(self.embedding, self.embed_scale).to(x.dtype)
-            if not run.is_pair:
+            if not traversal.is_pair:
                 return Stream(x, None)
             pair = x.new_zeros((2, *x.shape))
             pair[0] = x
             return Stream(*halves(pair))
 
-    def run_layers(self, run: Pass, stream: Stream, start: int, stop: int) -> Stream:
+    def run_layers(self, traversal: Traversal, stream: Stream, start: int, stop: int) -> Stream:
         """Run layers ``start`` to ``stop - 1``; the stream is that which left layer ``start - 1``."""
-        return self.run_together([run], [stream], start, stop)[0]
+        return self.run_together([traversal], [stream], start, stop)[0]
 
-    def run_together(self, runs: Sequence[Pass], streams: Sequence[Stream], start: int, stop: int) -> list[Stream]:
-        """... of several passes, with one frozen product for the rows of all; only the first may be a pair."""
+    def run_together(
+        self, traversals: Sequence[Traversal], streams: Sequence[Stream], start: int, stop: int
+    ) -> list[Stream]:
+        """Run layers for several traversals, with one frozen product for all rows; only the first may be a pair."""
         for i in range(start, stop):
-            module, probes = self.layers[i].module, [run.probe.get(i - 1) for run in runs]
+            module, probes = self.layers[i].module, [traversal.probe.get(i - 1) for traversal in traversals]
             # nn.Module's own __call__: some versions of transformers checkpoint in the layer class's.
             call = partial(nn.Module.__call__, module)
             if module.training and getattr(module, "gradient_checkpointing", False):
                 # Dropout masks are functions of the seed: recomputation needs no generator state.
                 call = partial(checkpoint, call, use_reentrant=False, preserve_rng_state=False)
-            streams, rstds = zip(*call(streams, probes, runs), strict=True)
-            for run, probe, rstd in zip(runs, probes, rstds, strict=True):
+            streams, rstds = zip(*call(streams, probes, traversals), strict=True)
+            for traversal, probe, rstd in zip(traversals, probes, rstds, strict=True):
                 if probe is not None:
-                    run.rms[i - 1] = _rms(rstd, self.layers[i].norm_before_attention.eps)
+                    traversal.rms[i - 1] = _rms(rstd, self.layers[i].norm_before_attention.eps)
         return list(streams)
 
-    def score(self, run: Pass, stream: Stream) -> tuple[Tensor, Tensor | None]:
+    def score(self, traversal: Traversal, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """Final norm and head on the rows that predict a scored token: ``(nll, nll_dot) [scored]``; 0 of dead ones."""
-        last, norm, labelled, padding = len(self.layers) - 1, self.norm, run.rows.labelled, run.rows.padding
-        probed = last in run.probe
+        last, norm, labelled, padding = len(self.layers) - 1, self.norm, traversal.rows.labelled, traversal.rows.padding
+        probed = last in traversal.probe
         # Only scored rows matter from here on; but a probe on the last layer takes its scale from all of them.
         if not probed:
             residual, residual_dot, update, update_dot = stream
             assert update is not None  # a layer has run
             summands = take_rows([(residual, residual_dot), (update, update_dot)], labelled)
             stream = Stream(*summands[0], *summands[1])
-        _, _, y, y_dot, rstd = norm.of_sum(stream, run.probe.get(last))
+        _, _, y, y_dot, rstd = norm.of_sum(stream, traversal.probe.get(last))
         if probed:
-            run.rms[last] = _rms(rstd, norm.eps)
+            traversal.rms[last] = _rms(rstd, norm.eps)
             ((y, y_dot),) = take_rows([(y, y_dot)], labelled)
-        nll, nll_dot = linear_cross_entropy(y, y_dot, self.head.weight.detach(), run.rows.labels)
+        nll, nll_dot = linear_cross_entropy(y, y_dot, self.head.weight.detach(), traversal.rows.labels)
         if padding is None:
             return nll, nll_dot
         # Not a product with 0, which would let through what is not finite.
         return nll.masked_fill(padding.labels, 0), None if nll_dot is None else nll_dot.masked_fill(padding.labels, 0)
 
-    def forward(self, run: Pass) -> tuple[Tensor, Tensor | None]:
+    def forward(self, traversal: Traversal) -> tuple[Tensor, Tensor | None]:
         """The whole traversal: ``(nll, nll_dot) [scored]``."""
-        return self.score(run, self.run_layers(run, self.embed(run), 0, len(self.layers)))
+        return self.score(traversal, self.run_layers(traversal, self.embed(traversal), 0, len(self.layers)))
 
 
 def _rms(rstd: Tensor, eps: float) -> Tensor:

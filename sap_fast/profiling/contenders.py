@@ -59,7 +59,7 @@ def kinds(config: SAPConfig) -> list[Kind]:
     before: dict[tuple[bool, bool], Rhythm] = {}
     rhythm = Rhythm.of(config)
     for _ in range(period):
-        kind = rhythm.directs(config), rhythm.probes(config)
+        kind = rhythm.finds_direction(config), rhythm.finds_probe(config)
         counts[kind] = counts.get(kind, 0) + 1
         before.setdefault(kind, rhythm)
         rhythm = rhythm.after(directed=kind[0])

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sap_fast.cli import output
+from sap_fast import atomic
 from sap_fast.profiling.result import Profile
 
 _WRITTEN = ("profile.html", "profile.json", "trace.json")
@@ -40,7 +40,7 @@ def write(profile: Profile, folder: Path, *, overwrite: bool) -> None:
         if profile.trace is not None:
             (scratch / "trace.json").write_text(profile.trace, encoding="utf-8")
 
-    output.write_folder(folder, fill)
+    atomic.write_folder(folder, fill)
 
 
 def _json(content: dict[str, Any]) -> str:

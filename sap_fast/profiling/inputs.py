@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sap_fast.batch.packer import Packer
 from sap_fast.batch.rows import Rows
 from sap_fast.config import SAPConfig
 from sap_fast.errors import BatchError
@@ -54,7 +53,7 @@ class Rounds:
         Raises:
             BatchError: a malformed batch, by its number; none at all.
         """
-        packer = Packer.of(decoder, config)
+        packer = decoder.packer(share_prefixes=config.share_prefixes)
         drawn = [_drawn(given, name, rounds) for given, name in ((batches, "batches"), (pairs, "pairs"))]
         rows = []
         for i, batch in enumerate(drawn[0]):

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from sap_fast.batch.rows import Rows
-from sap_fast.model.decoder import Decoder, Pass, Stream, Weights
+from sap_fast.model.decoder import Decoder, Stream, Traversal, Weights
 from sap_fast.profiling.phases import Begin
 
 
@@ -56,12 +56,12 @@ class Observed(Decoder):
         theta: Weights | None = None,
         theta_dot: Weights | None = None,
         probe: Mapping[int, Tensor] | None = None,
-    ) -> Pass:
+    ) -> Traversal:
         """As :meth:`Decoder.start`."""
         self.begin(self._phase("forward", pair=theta_dot is not None))
         return super().start(rows, seed, theta=theta, theta_dot=theta_dot, probe=probe)
 
-    def run_together(self, runs: Sequence[Pass], streams: Sequence[Stream], start: int, stop: int) -> list[Stream]:
+    def run_together(self, runs: Sequence[Traversal], streams: Sequence[Stream], start: int, stop: int) -> list[Stream]:
         """As :meth:`Decoder.run_together`, with a hook on the stream that leaves the lowest probed layer."""
         run = runs[0]
         self.place.restarted = start > 0 and not run.is_pair
@@ -74,7 +74,7 @@ class Observed(Decoder):
         self._when_passed(streams[0], "backward_beneath")
         return super().run_together(runs, streams, above, stop)
 
-    def score(self, run: Pass, stream: Stream) -> tuple[Tensor, Tensor | None]:
+    def score(self, run: Traversal, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """As :meth:`Decoder.score`, with a hook on the stream that enters it."""
         if self.place.together and not run.is_pair:
             return super().score(run, stream)  # in the phases of the pass that it is run with

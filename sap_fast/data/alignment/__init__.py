@@ -9,8 +9,8 @@ import hashlib
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from sap_fast.data.cache import cache_dir, make_once
-from sap_fast.data.smollm2 import smollm2
+from sap_fast.atomic import make_once
+from sap_fast.data.smollm2 import cache_dir, smollm2
 
 _WEIGHTS = "adapter_model.safetensors"
 

@@ -3,10 +3,13 @@
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import dataclass, field, fields, replace
+from inspect import cleandoc
+from textwrap import TextWrapper
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 Layers = Sequence[int] | Callable[[int], Sequence[int]]
+T = TypeVar("T")
 
 
 def paper_layers(depth: int) -> range:
@@ -19,92 +22,124 @@ def released_layers(depth: int) -> tuple[int, ...]:
     return tuple(sorted({round(3 / 32 * depth), round(9 / 32 * depth)}))
 
 
+def _setting(default: T, help: str) -> T:
+    """A field and its explanation, which ``help(SAPConfig)`` and the command's ``--help`` show alike."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True, kw_only=True)
 class SAPConfig:
     """Settings of Safety-Aware Probing. Immutable; ``replace(**changes)`` gives a changed copy.
-
-    Attributes:
-        probe_layers: layers whose output gets a probe, counted from 0, or a function of the model's depth.
-        guard: what the harmful direction u is used for. ``"probe"`` is SAP; ``"project"`` takes from the task
-            gradient its component toward harm, when it has one; ``"counter"`` adds ``counter * |g| u`` to it;
-            ``"probe+project"`` does both.
-        schedule: ``"lagged"``: the gradient is taken at the probe found in the last step, and the next probe
-            is found in the same pass. ``"fresh"``: the probe is found first, in the same step.
-        gradient: how the probe's gradient is computed: ``"dual"`` (exact) or ``"finite_difference"``, for comparison.
-        radius: length of the finite difference, and the alpha of the AdamW update, relative to |theta|.
-        probe_update: how the probe is found, from zero, on its gradient ``G = grad_V L_dot``: ``"sign"``
-            (``strength * sign G``), ``"normalised"`` (``strength * G / |G|`` over all layers together) or
-            ``"adamw"`` (one step of learning rate ``strength`` on ``-alpha G``; its moments persist).
-        strength: size of the probe.
-        strength_unit: ``"relative"``: to each layer's scale, the median over tokens of its output's RMS;
-            ``"absolute"``: in the units of the hidden state.
-        safety_loss: ``"difference"``: mean of ``-(log p(chosen) - log p(rejected))``, which does not saturate;
-            ``"logsigmoid"``: mean of ``-log sigmoid(margin / temperature)``.
-        per_token: log-probabilities are means over an answer's tokens, else sums.
-        temperature: of ``"logsigmoid"``.
-        probe_in_safety_pass: whether the probe in use acts while the harmful direction is computed.
-        counter: strength of ``guard="counter"``.
-        restart: how ``"fresh"`` reaches its outer pass: ``"store"`` keeps what lies beneath the lowest probe,
-            ``"recompute"`` runs it again, ``"auto"`` stores for one micro-batch and recomputes for several.
-        probe_every: the direction and the dual pass are taken in every so many steps; those in between are ordinary
-            passes in the presence of the probe last found.
-        direction_every: a direction is found in every so many steps, and used until the next is.
-        direction_min_cosine: if the cosine of a new direction with the one before it is less, directions are found
-            twice as often from then on; if not, half as often, up to ``direction_every``. None leaves the interval
-            alone. Reads one number from the device with each direction.
-        tangent_fraction: share of a batch's sequences, drawn anew in each step, that carry tangents. The probe's
-            gradient is then an unbiased estimate; that of the weights stays exact.
-        pairs_per_step: how many of the pairs given to a step are drawn for the direction; None is all of them.
-        share_prefixes: whether what sequences begin with in common (a system prompt, the prompt of a pair) is computed
-            once; exact. A task batch under dropout shares nothing, since the masks differ.
-        attention: what serves attention in ordinary passes, those without tangents; pairs always have the library's
-            own. ``"auto"``: the first of what is there that gives the same bits from run to run (``sap-fast info``
-            tells which, and why not the others); or ``"own"``, ``"flash_attn"`` (the package), ``"varlen_attn"``,
-            ``"sdpa"`` (PyTorch's). They differ in rounding. One that cannot serve the model is refused at ``attach``.
-        delayed_direction: each step uses the direction that the last one found, so that the pairs, which give the next
-            one, share their passes through the model with the task batch (with its first micro-batch). The first step
-            finds its own. Takes the memory of both at once.
-        float8: the products with frozen weights are formed in float8 (e4m3, scaled by rows) where only the direction
-            and the probe's gradient depend on them; the loss and the gradient of the weights, at the direction and
-            the probe in use, stay exact. True needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer and a
-            bfloat16 model; holds two copies of these weights, together as large as one in bfloat16. ``"emulated"``
-            gives the same rounding on any device and in any dtype and saves nothing.
-        check: ``"now"`` looks at the step's numbers before ``.grad`` is written; ``"deferred"`` leaves a flag
-            on the device and raises at the next step, without the guarantee that nothing was written. That
-            step's batch is packed before, while the device still works on this one's.
-        graph: whether steps are captured as CUDA graphs and replayed (``sap_fast/graph.py``), which takes the host's
-            work on the passes away: for steps that are bound by launches. Rows are then padded to shipped sizes. Needs
-            ``check="deferred"``; where something blocks it, steps run eagerly, and a warning says why.
 
     Raises:
         ValueError: a value out of its range, named.
     """
 
-    probe_layers: Layers = paper_layers
-    guard: Literal["probe", "project", "counter", "probe+project"] = "probe"
-    schedule: Literal["lagged", "fresh"] = "lagged"
-    gradient: Literal["dual", "finite_difference"] = "dual"
-    radius: float = 2e-5
-    probe_update: Literal["sign", "normalised", "adamw"] = "sign"
-    strength: float = 0.01
-    strength_unit: Literal["relative", "absolute"] = "relative"
-    safety_loss: Literal["difference", "logsigmoid"] = "difference"
-    per_token: bool = True
-    temperature: float = 1.0
-    probe_in_safety_pass: bool = False
-    counter: float = 0.1
-    restart: Literal["auto", "store", "recompute"] = "auto"
-    probe_every: int = 1
-    direction_every: int = 1
-    direction_min_cosine: float | None = None
-    tangent_fraction: float = 1.0
-    pairs_per_step: int | None = None
-    share_prefixes: bool = True
-    attention: Literal["auto", "own", "flash_attn", "varlen_attn", "sdpa"] = "auto"
-    delayed_direction: bool = False
-    float8: bool | Literal["emulated"] = False
-    check: Literal["now", "deferred"] = "now"
-    graph: bool = False
+    probe_layers: Layers = _setting(  # noqa: RUF009 (it returns a field)
+        paper_layers, "layers whose output gets a probe, counted from 0, or a function of the model's depth"
+    )
+    guard: Literal["probe", "project", "counter", "probe+project"] = _setting(
+        "probe",
+        "what the harmful direction u is used for: probe is SAP; project takes from the task gradient g its component "
+        "toward harm, when it has one; probe+project does both; counter adds counter * |g| u to g",
+    )
+    schedule: Literal["lagged", "fresh"] = _setting(
+        "lagged",
+        "where the gradient is taken: lagged, at the probe found in the last step, and the same pass finds the next "
+        "one; fresh, at a probe that is found first, in the same step",
+    )
+    gradient: Literal["dual", "finite_difference"] = _setting(
+        "dual", "how the probe's gradient is computed: dual (exact) or finite_difference, for comparison"
+    )
+    radius: float = _setting(
+        2e-5, "length of the finite difference, and the alpha of the adamw update, relative to |theta|"
+    )
+    probe_update: Literal["sign", "normalised", "adamw"] = _setting(
+        "sign",
+        "how the probe is found, from zero, on its gradient G = grad_V L_dot: sign (strength * sign G), normalised "
+        "(strength * G / |G| over all layers together) or adamw (one step of learning rate strength on -alpha G; its "
+        "moments persist)",
+    )
+    strength: float = _setting(0.01, "size of the probe")
+    strength_unit: Literal["relative", "absolute"] = _setting(
+        "relative",
+        "of strength: relative to each layer's scale, the median over tokens of its output's RMS; or absolute, in the "
+        "units of the hidden state",
+    )
+    safety_loss: Literal["difference", "logsigmoid"] = _setting(
+        "difference",
+        "loss of a pair, of which the mean is taken: difference is -(log p(chosen) - log p(rejected)), which does not "
+        "saturate; logsigmoid is -log sigmoid(margin / temperature)",
+    )
+    per_token: bool = _setting(True, "whether log-probabilities are means over an answer's tokens, else sums")
+    temperature: float = _setting(1.0, "of the safety loss logsigmoid")
+    probe_in_safety_pass: bool = _setting(
+        False, "whether the probe in use acts while the harmful direction is computed"
+    )
+    counter: float = _setting(0.1, "strength of the guard counter")
+    restart: Literal["auto", "store", "recompute"] = _setting(
+        "auto",
+        "how the schedule fresh reaches its outer pass: store keeps what lies beneath the lowest probe, recompute runs "
+        "it again, auto stores for one micro-batch and recomputes for several",
+    )
+    probe_every: int = _setting(
+        1,
+        "the direction and the dual pass are taken in every so many steps; those in between are ordinary passes in the "
+        "presence of the probe last found",
+    )
+    direction_every: int = _setting(1, "a direction is found in every so many steps, and used until the next is")
+    direction_min_cosine: float | None = _setting(
+        None,
+        "if the cosine of a new direction with the one before it is less, directions are found twice as often from "
+        "then on; if not, half as often, up to direction_every. None leaves the interval alone. Reads one number from "
+        "the device with each direction",
+    )
+    tangent_fraction: float = _setting(
+        1.0,
+        "share of a batch's sequences, drawn anew in each step, that carry tangents. The probe's gradient is then an "
+        "unbiased estimate; that of the weights stays exact",
+    )
+    pairs_per_step: int | None = _setting(
+        None, "how many of the pairs given to a step are drawn for the direction; None is all of them"
+    )
+    share_prefixes: bool = _setting(
+        True,
+        "whether what sequences begin with in common (a system prompt, the prompt of a pair) is computed once; exact. "
+        "A task batch under dropout shares nothing, since the masks differ",
+    )
+    attention: Literal["auto", "own", "flash_attn", "varlen_attn", "sdpa"] = _setting(
+        "auto",
+        "what serves attention in ordinary passes, those without tangents; pairs always have the library's own. auto: "
+        "the first of what is there that gives the same bits from run to run (sap-fast info tells which, and why not "
+        "the others); or own, flash_attn (the package), varlen_attn, sdpa (PyTorch's). They differ in rounding. One "
+        "that cannot serve the model is refused at attach",
+    )
+    delayed_direction: bool = _setting(
+        False,
+        "each step uses the direction that the last one found, so that the pairs, which give the next one, share their "
+        "passes through the model with the task batch (with its first micro-batch). The first step finds its own. "
+        "Takes the memory of both at once",
+    )
+    float8: bool | Literal["emulated"] = _setting(
+        False,
+        "the products with frozen weights are formed in float8 (e4m3, scaled by rows) where only the direction and the "
+        "probe's gradient depend on them; the loss and the gradient of the weights, at the direction and the probe in "
+        "use, stay exact. True needs an NVIDIA GPU of compute capability 9.0 (Hopper) or newer and a bfloat16 model; "
+        "holds two copies of these weights, together as large as one in bfloat16. emulated gives the same rounding on "
+        "any device and in any dtype and saves nothing",
+    )
+    check: Literal["now", "deferred"] = _setting(
+        "now",
+        "when the step's numbers are looked at: now, before .grad is written; or deferred, which leaves a flag on the "
+        "device and raises at the next step, without the guarantee that nothing was written. That step's batch is "
+        "packed before, while the device still works on this one's",
+    )
+    graph: bool = _setting(
+        False,
+        "whether steps are captured as CUDA graphs and replayed, which takes the host's work on the passes away: for "
+        "steps that are bound by launches. Rows are then padded to shipped sizes. Needs the check to be deferred, and "
+        "--graph on the command line sees to it; where something blocks it, steps run eagerly, and a warning says why",
+    )
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -263,3 +298,11 @@ class SAPConfig:
         if len(set(layers)) < len(layers):
             raise ValueError(f"probe_layers {list(layers)} repeats a layer")
         return tuple(sorted(layers))
+
+
+# help() shows a class's docstring, but not what its fields say of themselves.
+_LINES = TextWrapper(116, initial_indent=4 * " ", subsequent_indent=8 * " ", break_on_hyphens=False)
+SAPConfig.__doc__ = "\n".join(
+    [cleandoc(SAPConfig.__doc__ or ""), "", "Attributes:"]
+    + [_LINES.fill(f"{setting.name}: {setting.metadata['help']}.") for setting in fields(SAPConfig)]
+)

@@ -2,11 +2,19 @@
 
 import json
 import sys
+from argparse import Action, ArgumentDefaultsHelpFormatter, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sap_fast.cli.errors import CommandError
+
+
+class _Help(ArgumentDefaultsHelpFormatter):
+    """Shows the defaults, but None: what that stands for is said in a flag's own help, if anywhere."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parse(command: str, groups: Sequence[type], argv: Sequence[str], about: str) -> tuple[Any, ...]:
@@ -21,8 +29,13 @@ def parse(command: str, groups: Sequence[type], argv: Sequence[str], about: str)
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(
-        groups, prog=f"sap-fast {command}", usage=f"sap-fast {command} [CONFIG.yaml] [--flag ...]", description=about
+        groups,
+        prog=f"sap-fast {command}",
+        usage=f"sap-fast {command} [CONFIG.yaml] [--flag ...]",
+        description=about,
+        formatter_class=_Help,
     )
+    _add_denials(parser)
     arguments = list(argv)
     unset: set[str] = set()
     if arguments and not arguments[0].startswith("-"):
@@ -36,12 +49,22 @@ def parse(command: str, groups: Sequence[type], argv: Sequence[str], about: str)
     if rest:
         parser.print_usage(sys.stderr)
         raise CommandError(f"unknown arguments: {' '.join(rest)} (sap-fast {command} --help lists the flags)")
-    said = {flag.lstrip("-").partition("=")[0].replace("-", "_") for flag in argv if flag.startswith("--")}
+    # What no flag has given stays None here, where a dataclass may put something else in its place.
+    given = vars(parser.parse_known_args(arguments, Namespace(**dict.fromkeys(unset)))[0])
     for group in parsed:
-        for name in unset - said:
-            if hasattr(group, name):
+        for name in unset:
+            if given[name] is None and hasattr(group, name):
                 setattr(group, name, None)
     return tuple(parsed)
+
+
+def _add_denials(parser: Any) -> None:
+    """``--no_x`` for each switch x that is on, off or not given; HfArgumentParser has it for those on by default."""
+    for switch in [action for action in parser._actions if action.const is True and action.default is None]:
+        names = f"--no_{switch.dest}", f"--no-{switch.dest.replace('_', '-')}"
+        switch.container.add_argument(
+            *names, dest=switch.dest, action="store_false", default=None, help=f"--{switch.dest} false"
+        )
 
 
 def _flags(path: Path, known: dict[str, Any]) -> tuple[list[str], set[str]]:

@@ -1,37 +1,31 @@
 """The flags of the method's settings, which every command that takes steps has."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import Field, dataclass, field, fields, make_dataclass
+from typing import Any, get_args, get_type_hints
+
+from transformers.hf_argparser import string_to_bool
 
 from sap_fast.cli.errors import CommandError
-from sap_fast.config import SAPConfig
+from sap_fast.config import Layers, SAPConfig
+
+PRESETS: dict[str, Callable[..., SAPConfig]] = {
+    "default": SAPConfig,
+    "released": SAPConfig.released,
+    "paper": SAPConfig.paper,
+}
 
 
 @dataclass
-class MethodArguments:
-    """Settings of Safety-Aware Probing; see sap_fast.SAPConfig."""
+class _Method:
+    """A preset, and by the names of SAPConfig's fields what is to differ from it; None for what is not."""
 
-    preset: Literal["default", "released", "paper"] = field(default="default", metadata={"help": "where to start from"})
-    guard: Literal["probe", "project", "counter", "probe+project"] | None = field(
-        default=None, metadata={"help": "what the harmful direction is used for; probe is SAP"}
-    )
-    probe_layers: list[int] | None = field(default=None, metadata={"help": "counted from 0; else the preset's"})
-    strength: float | None = field(default=None, metadata={"help": "of the probe"})
-    schedule: Literal["lagged", "fresh"] | None = field(default=None, metadata={"help": "which probe acts in a step"})
-    probe_every: int | None = field(default=None, metadata={"help": "find direction and probe in every so many steps"})
-    direction_every: int | None = field(default=None, metadata={"help": "find a direction in every so many steps"})
-    direction_min_cosine: float | None = field(
-        default=None, metadata={"help": "find directions more often after one that has turned further than this"}
-    )
-    tangent_fraction: float | None = field(default=None, metadata={"help": "share of sequences with tangents"})
-    pairs_per_step: int | None = field(default=None, metadata={"help": "pairs drawn of those given to a step"})
-    delayed_direction: bool = field(default=False, metadata={"help": "pairs run with the task, for the next step"})
-    float8: bool = field(default=False, metadata={"help": "tangents and pairs in float8, on Hopper and newer"})
-    graph: bool = field(default=False, metadata={"help": "capture and replay steps as CUDA graphs"})
-    share_prefixes: bool = field(default=True, metadata={"help": "compute once what sequences begin with in common"})
-    attention: Literal["auto", "own", "flash_attn", "varlen_attn", "sdpa"] | None = field(
-        default=None, metadata={"help": "what serves attention in passes without tangents"}
+    _argument_group_name = "Safety-Aware Probing; a setting that is not given is the preset's"  # a heading in --help
+
+    preset: str = field(
+        default="default",
+        metadata={"help": "where to start from; the values shown are those of default", "choices": tuple(PRESETS)},
     )
 
     def config(self) -> SAPConfig:
@@ -40,15 +34,39 @@ class MethodArguments:
         Raises:
             CommandError: one is out of its range.
         """
-        presets: dict[str, Callable[..., SAPConfig]] = {
-            "default": SAPConfig,
-            "released": SAPConfig.released,
-            "paper": SAPConfig.paper,
-        }
         given = {name: value for name, value in vars(self).items() if name != "preset" and value is not None}
-        if self.graph:
-            given["check"] = "deferred"  # a graph's numbers are looked at behind it
+        if given.get("graph"):
+            given.setdefault("check", "deferred")  # a graph's numbers are looked at behind it
         try:
-            return presets[self.preset](**given)
+            return PRESETS[self.preset or "default"](**given)
         except ValueError as error:
             raise CommandError(str(error)) from None
+
+
+def _flag(setting: Field[Any], hint: Any) -> tuple[str, Any, Any]:
+    """A setting as a flag that need not be given."""
+    default = setting.default
+    shown = f"the function {default.__name__}" if callable(default) else default
+    metadata: dict[str, Any] = {"help": f"{setting.metadata['help']} (default: {shown})"}
+    kind = hint | None
+    if hint == Layers:
+        kind = list[int] | None  # a function has no spelling in words
+    elif hint is bool or bool in get_args(hint):
+        words = [word for part in get_args(hint) for word in get_args(part)]
+        metadata |= {"nargs": "?", "const": True, "choices": (True, False, *words)}
+        kind = _switch  # HfArgumentParser hands a type that it does not know to argparse, which calls it
+    return setting.name, kind, field(default=None, metadata=metadata)
+
+
+def _switch(text: str) -> bool | str:
+    """True or False in any of HfArgumentParser's spellings; another word as it is, which the choices then judge."""
+    try:
+        return string_to_bool(text)
+    except ArgumentTypeError:
+        return text
+
+
+_HINTS = get_type_hints(SAPConfig)
+MethodArguments = make_dataclass(
+    "MethodArguments", [_flag(setting, _HINTS[setting.name]) for setting in fields(SAPConfig)], bases=(_Method,)
+)

@@ -19,8 +19,9 @@ from benchmarks.contenders import PASSES, TOLERANCE, Recorder
 from benchmarks.device_timer import DeviceTimer
 from benchmarks.gpu import ops_table, subjects
 from benchmarks.gpu.results import Item
-from benchmarks.gpu.subjects import MANY, Stage, Subject, Visit, Widths
-from sap_fast.ops._cases import Case, OpCases, Problem, cases_for, derive, pose, run
+from benchmarks.gpu.subjects import Stage, Subject, Visit
+from sap_fast.ops._cases import MANY, Case, OpCases, Problem, Widths, cases_for, derive, every_op, pose, run
+from sap_fast.ops.attention import cases
 from sap_fast.ops.rms_norm.reference import primal as rms_norm
 from sap_fast.ops.rotary.reference import primal as rotary
 
@@ -47,7 +48,7 @@ def test_eager_pairs_are_the_rules_derived(op: OpCases, case: Case, mode: str) -
 @pytest.mark.parametrize("name", ["attention", "lora_linear", "linear_cross_entropy"])
 def test_eager_pairs_compile_to_one_graph(name: str) -> None:
     """... so that the comparison with torch.compile is one with its best."""
-    subject = Subject(name, "tiny", 8, 4 if name == "attention" else 0)
+    subject = Subject.of(subjects.op_named(name), "tiny", 8, 4)
     with Recorder(eager_pairs.rule) as recorder:
         run(subjects.op_named(name), subjects.posed(subject, "cpu", torch.float32))
     for function, arguments, _ in recorder.calls:
@@ -65,13 +66,22 @@ def middling(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("op", [op.name for op in subjects.every_op()])
-def test_contenders_are_found_right(op: str, dtype: torch.dtype, middling: str) -> None:
-    stage, length = Stage("cpu", dtype), 32 if op == "attention" else 0
+@pytest.mark.parametrize("op", every_op(), ids=lambda op: op.name)
+def test_contenders_are_found_right(op: OpCases, dtype: torch.dtype, middling: str) -> None:
+    stage = Stage("cpu", dtype)
     for name in ("eager", "ours"):
         for pass_ in PASSES:
-            found = stage.checked(Visit(Subject(op, middling, 64, length), pass_, name, 1))
+            found = stage.checked(Visit(Subject.of(op, middling, 64, 32), pass_, name, 1))
             assert found.moved[pass_] > 64 * 64 * dtype.itemsize
+
+
+def test_the_truth_of_attention_is_derived_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """... of whole sequences, the rows after the last among them."""
+    op, subject = subjects.op_named("attention"), Subject("attention", "tiny", 30, 4)
+    problem = subjects.posed(subject, "cpu", torch.float32)
+    monkeypatch.setattr(cases, "_TOKENS_AT_ONCE", 9)
+    assert [part.inputs["q"].shape[1] for part in cases._parts(problem)] == [8, 8, 8, 6]
+    assert_agrees(subjects.truth(op, problem), derive(op, problem.to(torch.float64)))
 
 
 def test_bytes_are_those_of_inputs_and_outputs() -> None:

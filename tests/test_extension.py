@@ -15,9 +15,9 @@ from torch import Tensor
 
 from benchmarks.contenders import Recorder
 from benchmarks.gpu import subjects
-from benchmarks.gpu.subjects import Subject, Widths
+from benchmarks.gpu.subjects import Subject
 from sap_fast import _C
-from sap_fast.ops._cases import OpCases, Problem, derive, every_op, pose, run
+from sap_fast.ops._cases import OpCases, Problem, Widths, derive, every_op, pose, run
 
 needs_extension = pytest.mark.skipif(not _C.loaded, reason=f"the C++ kernels are not loaded: {_C.status}")
 
@@ -66,7 +66,7 @@ def test_modules_that_cannot_serve_are_left_alone_with_one_warning(tmp_path: Pat
 def many_rows(monkeypatch: pytest.MonkeyPatch, op: OpCases, dtype: torch.dtype) -> Problem:
     """Large enough for every loop of a kernel to be shared between threads, whose least share is 16384 elements."""
     monkeypatch.setitem(subjects.MODELS, "middling", Widths(272, 517, 301, 4, 2, 68))
-    return subjects.posed(Subject(op.name, "middling", 203, 29 if op.name == "attention" else 0), "cpu", dtype)
+    return subjects.posed(Subject.of(op, "middling", 203, 29), "cpu", dtype)
 
 
 @needs_extension

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from agreement import FLOOR
 from oracle import ALL_LINEAR, random_batch, random_pairs, tiny_model
 from steps import CONFIGS, gap, two_steps
 from torch import nn
@@ -13,6 +12,7 @@ from triton_kernels import INTERPRETED, needs_kernels
 
 from sap_fast import SAPConfig
 from sap_fast.ops._library import launchers_on_cpu
+from sap_fast.ops._tolerances import FLOOR
 
 pytestmark = [
     needs_kernels[0],

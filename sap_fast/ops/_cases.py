@@ -144,6 +144,8 @@ class OpCases:
         whole: names of inputs that the op takes as one stack: their halves require grad together or
             not at all, and in half mode not at all.
         products: for the benchmarks' count of floating-point operations.
+        multiplies: names of its Triton kernels that multiply matrices in the dtype of its inputs.
+        reordered: whether its C++ kernels leave sums to torch, whose order follows from the number of threads.
     """
 
     name: str
@@ -156,6 +158,8 @@ class OpCases:
     tangent_only: Collection[str] = ()
     whole: Collection[str] = ()
     products: Products = Products()
+    multiplies: Collection[str] = ()
+    reordered: bool = False
 
 
 @dataclass(frozen=True)

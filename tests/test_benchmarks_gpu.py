@@ -33,7 +33,12 @@ MODES = {"full": lambda pair: pair, "half": Problem.half, "single": Problem.sing
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("op", "case"), [pytest.param(op, case, id=f"{op.name}-{case.name}") for op, case in cases_for("contract")]
+    ("op", "case"),
+    [
+        pytest.param(op, case, id=f"{op.name}-{case.name}")
+        for op, case in cases_for("contract")
+        if subjects.has_formula(op.name)
+    ],
 )
 def test_eager_pairs_are_the_rules_derived(op: OpCases, case: Case, mode: str) -> None:
     problem = MODES[mode](pose(op, case, torch.Generator().manual_seed(0)))
@@ -69,7 +74,7 @@ def middling(monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("op", every_op(), ids=lambda op: op.name)
 def test_contenders_are_found_right(op: OpCases, dtype: torch.dtype, middling: str) -> None:
     stage = Stage("cpu", dtype)
-    for name in ("eager", "ours"):
+    for name in ("eager", "ours") if subjects.has_formula(op.name) else ("ours",):
         for pass_ in PASSES:
             found = stage.checked(Visit(Subject.of(op, middling, 64, 32), pass_, name, 1))
             assert found.moved[pass_] > 64 * 64 * dtype.itemsize

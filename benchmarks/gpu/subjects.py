@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from benchmarks import eager_pairs
 from benchmarks.contenders import PASSES, Contender, Recorder, check, contender
 from benchmarks.peers import PEERS
 from sap_fast.ops._cases import MANY, OpCases, Problem, Size, Widths, derive, every_op, pose
@@ -77,17 +78,22 @@ def subjects(tiny: bool) -> list[Subject]:
     return [Subject(op.name, size.model, size.rows, size.length) for op, size in sorted(timed, key=place)]
 
 
+def has_formula(op: str) -> bool:
+    """Whether the op's pair is written by hand in ``eager_pairs.py``, which is timed, and compiled, beside ours."""
+    return hasattr(eager_pairs, op)
+
+
 def visits(tiny: bool) -> list[Visit]:
     """Each subject's contenders in both orders; compilation, which takes longest, after all others."""
     result, compiled = [], []
     for subject in subjects(tiny):
-        contenders = ["ours", "eager"]
+        contenders = ["ours", "eager"] if has_formula(subject.op) else ["ours"]
         if subject.op in PEERS and not tiny:
             contenders.append(PEERS[subject.op][0])
         for pass_ in PASSES:
             both = [*contenders, *reversed(contenders)]
             result += [Visit(subject, pass_, name, 1 + (i >= len(contenders))) for i, name in enumerate(both)]
-            if not tiny and _size(subject).compiled:
+            if "eager" in contenders and not tiny and _size(subject).compiled:
                 compiled.append(Visit(subject, pass_, "compiled", 1))
     return result + compiled
 

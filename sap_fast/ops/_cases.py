@@ -138,6 +138,7 @@ class OpCases:
         primal: the plain function of the inputs by name: one half in, one half of each output out.
         cases: at least one for ``"contract"``, ``"compile"`` and ``"bench"``.
         sizes: for ``benchmarks.gpu``.
+        typical: name of the ``"contract"`` case that has no feature to spare: several rows, every input.
         wide: names of inputs that stay float32 where the others are bfloat16.
         tangent_only: names of inputs that are constants of a pair although their tangents are not:
             there the op has no cotangent for their primal half.
@@ -146,6 +147,8 @@ class OpCases:
         products: for the benchmarks' count of floating-point operations.
         multiplies: names of its Triton kernels that multiply matrices in the dtype of its inputs.
         reordered: whether its C++ kernels leave sums to torch, whose order follows from the number of threads.
+        any_width: names of arguments of its raw ops whose last dimension may have any size, ``[halves, rows, ...]``.
+        any_shape: names of those that fit with any shape, or that no C++ kernel reads.
     """
 
     name: str
@@ -154,12 +157,15 @@ class OpCases:
     primal: Callable[[dict[str, Tensor], dict[str, Any]], tuple[Tensor, ...]]
     cases: Sequence[Case]
     sizes: Sizes
+    typical: str
     wide: Collection[str] = ()
     tangent_only: Collection[str] = ()
     whole: Collection[str] = ()
     products: Products = Products()
     multiplies: Collection[str] = ()
     reordered: bool = False
+    any_width: Collection[str] = ()
+    any_shape: Collection[str] = ()
 
 
 @dataclass(frozen=True)

@@ -181,8 +181,10 @@ CASES = OpCases(
         length=96,
         parts=_parts,
     ),
+    typical="packed",
     # Forward QK', PV and, of a pair, Q_dot K', Q K_dot', P V_dot, P_dot V. Backward dP, dV, dQ, dK;
     # of a pair each of these once for its tangent and, by the product rule, twice for its primal.
     products=Products(forward=2, backward=4, pair_forward=6, pair_backward=12),
     multiplies=("forward_kernel", "query_kernel", "key_kernel"),
+    any_shape=("o",),  # which only a GPU needs
 )

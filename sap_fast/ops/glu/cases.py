@@ -46,4 +46,5 @@ CASES = OpCases(
         _case(1024, 11008, "llama-2-7b", purpose="bench"),
     ],
     sizes=Sizes(lambda w, rows, _: _case(rows, w.inner), timed=STREAMED),
+    typical="silu",
 )

@@ -48,5 +48,7 @@ CASES = OpCases(
         timed=[Size(model, rows, compiled=rows == FEW[0]) for rows in FEW for model in REAL_MODELS],
         rows=384,  # those of a task batch that predict a token
     ),
+    typical="5x11x7",
     reordered=True,
+    any_width=("basis",),
 )

@@ -118,7 +118,9 @@ CASES = OpCases(
         _of_model,
         timed=[Size(model, rows, compiled=rows == MANY) for rows in (*FEW, MANY) for model in REAL_MODELS],
     ),
+    typical="dropout",
     wide=_ADAPTERS,
     # In a pair the gradient of a and b is that of their tangents; see lora_linear.
     tangent_only=_ADAPTERS,
+    any_shape=("seed",),  # a number
 )

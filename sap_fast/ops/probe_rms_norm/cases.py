@@ -65,6 +65,7 @@ CASES = OpCases(
     ],
     # Into how many parts the sums of a captured probe gradient are cut follows from the rows.
     sizes=Sizes(lambda w, rows, _: _case(rows, w.hidden), timed=STREAMED, rows_matter=True),
+    typical="5x7",
     wide=("probe",),
     whole=("probe",),
 )

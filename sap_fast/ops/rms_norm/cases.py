@@ -50,4 +50,5 @@ CASES = OpCases(
         _case(1024, 4096, "llama-2-7b", purpose="bench"),
     ],
     sizes=Sizes(lambda w, rows, _: _case(rows, w.hidden), timed=STREAMED),
+    typical="5x7",
 )

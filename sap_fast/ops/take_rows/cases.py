@@ -62,4 +62,8 @@ CASES = OpCases(
         _case("llama-2-7b", *_shared(12, 85, 40), _KV_7B, purpose="bench"),
     ],
     sizes=Sizes(_of_model, timed=()),
+    typical="shared-prefix",
+    # It takes any rows of any tensor; that these are there is a matter of values.
+    any_width=("dy",),
+    any_shape=("x", "rows"),
 )

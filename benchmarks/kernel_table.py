@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.common.compiled import Compiled, compiling, launched_for
 from benchmarks.common.record import ROOT
-from benchmarks.gpu.cases import LENGTH, smallest
-from benchmarks.gpu.subjects import MANY, Subject, op_named, posed
+from benchmarks.gpu.cases import smallest
+from benchmarks.gpu.subjects import Subject, op_named, posed
 from benchmarks.ops.contenders import PASSES, Recorder
-from sap_fast.ops._cases import Problem, every_op, run
+from sap_fast.ops._cases import MANY, Problem, every_op, run
 from sap_fast.ops._library import launcher
 
 ARCH = "sm_90"
@@ -127,7 +127,7 @@ def rows(ops: Iterable[str], models: Iterable[str] = MODELS) -> list[Row]:
 
 
 def _rows(op: str, model: str, mode: str) -> list[Row]:
-    length = LENGTH if op == "attention" else 0
+    length = op_named(op).sizes.length
     few, many = (launches(Subject(op, model, count, length), mode) for count in (FEW, MANY))
     with compiling(ARCH) as kernels:
         subject = smallest(Subject(op, model, FEW, length))

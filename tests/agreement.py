@@ -1,13 +1,8 @@
 """How two sets of results are compared: by their largest difference, relative to a scale."""
 
-import torch
 from torch import Tensor
 
-# What an error may be where the yardstick's is nil by luck, in eps times the largest element. Both
-# dtypes are computed in float32. There an element takes several roundings of half an eps, in an
-# order that is the kernel's own business. Beside a bfloat16 eps those are nothing; what remains is
-# one rounding of the result and one of a stored intermediate (the residual stream, W x).
-FLOOR = {torch.float32: 4.0, torch.bfloat16: 1.0}
+from sap_fast.ops._tolerances import EXACT
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -27,7 +22,7 @@ def scales(truth: dict[str, Tensor]) -> dict[str, float]:
     return {name: scale or max(largest.values()) for name, scale in largest.items()}
 
 
-def assert_agrees(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+def assert_agrees(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = EXACT) -> None:
     """Compare all of ``actual`` with its namesakes in ``expected``, relative to their scales."""
     for name, scale in scales(expected).items():
         if name in actual:

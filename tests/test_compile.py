@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Bytes of local memory a thread, where they are not 0: the most seen with Triton 3.6.0 and 3.7.1.
 LOCAL = json.loads((Path(__file__).parent / "local_memory.json").read_text(encoding="utf-8"))
-# What multiplies matrices in attention, whose operands are of the dtype of storage.
+# What multiplies matrices in the dtype of storage (``OpCases.multiplies``).
 PRODUCTS = {"sm_80": "mma", "sm_86": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
@@ -52,6 +52,7 @@ def compile_modes(op: OpCases, case: Case, arch: str, dtype: str) -> list[Compil
 def test_compiles(op: OpCases, case: Case, arch: str, dtype: str) -> None:
     kernels = compile_modes(op, case, arch, dtype)
     assert len(kernels) >= 2  # a forward and a backward at the least
+    assert {kernel.name for kernel in kernels} >= set(op.multiplies)
     problems = []
     for kernel in kernels:
         name = f"{op.name} {case.name} {arch} {dtype} {kernel.name}"
@@ -59,7 +60,7 @@ def test_compiles(op: OpCases, case: Case, arch: str, dtype: str) -> None:
             problems.append(f"{name}: {kernel.shared} bytes of shared memory")
         if kernel.local > LOCAL.get(name, 0):
             problems.append(f"{name}: {kernel.local} bytes of local memory a thread, recorded are {LOCAL.get(name, 0)}")
-        if op.name == "attention" and dtype == "bfloat16" and kernel.name != "delta_kernel":
+        if dtype == "bfloat16" and kernel.name in op.multiplies:
             # Pairs of head dimension 256 leave no room for the wide instructions: what a sm_80 has must do.
             meant = {PRODUCTS[arch], "mma"} if case.name == "head-dim-256" else {PRODUCTS[arch]}
             if not kernel.products & meant:

@@ -141,8 +141,8 @@ def test_work_is_the_mean_over_the_steps_that_the_library_takes(
     config = SAPConfig(probe_every=probe_every, direction_every=direction_every)
     rhythm, steps, directions, probes = Rhythm.of(config), 96, 0, 0
     for _ in range(steps):
-        directed = rhythm.directs(config)
-        directions, probes = directions + directed, probes + rhythm.probes(config)
+        directed = rhythm.finds_direction(config)
+        directions, probes = directions + directed, probes + rhythm.finds_probe(config)
         rhythm = rhythm.after(directed=directed)
     guarded, plain = work(name, TASK_ALONE), work("sft", TASK_ALONE)
     direction = work(name).flops - guarded.flops

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from agreement import FLOOR, error, scales
+from agreement import error, scales
 from triton_kernels import INTERPRETED, needs_kernels
 
 from sap_fast.ops import attention, glu, linear_cross_entropy
 from sap_fast.ops._cases import OpCases, Problem, derive, every_op, pose, run
+from sap_fast.ops._tolerances import allowed
 
 pytestmark = [*needs_kernels, pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -21,8 +22,8 @@ def posed(op: OpCases, name: str) -> Problem:
 def check(op: OpCases, problem: Problem) -> None:
     truth, yardstick, actual = derive(op, problem.to(torch.float64)), derive(op, problem), run(op, problem)
     for name, scale in scales(truth).items():
-        floor = FLOOR[torch.float32] * torch.finfo(torch.float32).eps * scale
-        assert error(actual[name], truth[name]) <= 2 * error(yardstick[name], truth[name]) + floor, name
+        most = allowed(error(yardstick[name], truth[name]), scale, torch.float32)
+        assert error(actual[name], truth[name]) <= most, name
 
 
 def test_capture_walks_over_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from agreement import FLOOR, assert_agrees, error, scales
+from agreement import assert_agrees, error, scales
 from triton_kernels import needs_kernels
 
 from sap_fast.ops._cases import Case, OpCases, Problem, cases_for, derive, pose, run, split
+from sap_fast.ops._tolerances import REORDERED, ROUNDINGS, TIMES, TIMES_OF_PRODUCTS, allowed
 
 pytestmark = [
     *needs_kernels,
@@ -24,14 +25,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
 MODES = {"full": lambda pair: pair, "half": Problem.half, "single": Problem.single}
-# Ops whose kernels have matrix products of their own, in the dtype of their inputs.
-PRODUCTS = {"attention"}
 
 every_case = pytest.mark.parametrize(
     ("op", "case"),
     [pytest.param(op, case, id=f"{op.name}-{case.name}") for op, case in cases_for("contract", "tiles")],
 )
-every_dtype = pytest.mark.parametrize("dtype", FLOOR, ids=["float32", "bfloat16"])
+every_dtype = pytest.mark.parametrize("dtype", ROUNDINGS, ids=["float32", "bfloat16"])
 
 
 def generator(device: str) -> torch.Generator:
@@ -57,23 +56,19 @@ def test_agrees_with_the_oracle(
     """
     problem = MODES[mode](pose(op, case, generator(device), dtype))
     truth = derive(op, problem.to(torch.float64))
-    # Operands of a tensor core are of the dtype of storage: P and dS are rounded to it, as in the formula in that
-    # dtype. Attention takes delta from the rounded o besides, as every flash attention does, and the error of a row's
-    # delta reaches its dq whole: twice what the formula makes, on the most peaked of the cases ("Known" in its README).
-    rounds_operands = op.name in PRODUCTS and dtype == torch.bfloat16
+    # Operands of a tensor core are of the dtype of storage: they are rounded to it, as in the formula in that dtype.
+    rounds_operands = bool(op.multiplies) and dtype == torch.bfloat16
     yardstick = (formula_in if rounds_operands else derive)(op, problem)
-    times = 4 if rounds_operands else 2
+    times = TIMES_OF_PRODUCTS if rounds_operands else TIMES
     actual = run(op, problem)
     assert actual.keys() == truth.keys()
     off = {}
     for name, scale in scales(truth).items():
-        allowed = times * error(yardstick[name], truth[name]) + FLOOR[dtype] * torch.finfo(dtype).eps * scale
-        off[name] = error(actual[name], truth[name]), allowed
+        most = allowed(error(yardstick[name], truth[name]), scale, dtype, times)
+        off[name] = error(actual[name], truth[name]), most
     record_property("off", off)
-    said = [
-        f"{name} is off by {difference:.3g}; {allowed:.3g} is allowed" for name, (difference, allowed) in off.items()
-    ]
-    assert all(difference <= allowed for difference, allowed in off.values()), "; ".join(said)
+    said = [f"{name} is off by {difference:.3g}; {most:.3g} is allowed" for name, (difference, most) in off.items()]
+    assert all(difference <= most for difference, most in off.values()), "; ".join(said)
 
 
 @every_case
@@ -103,7 +98,7 @@ def test_strided_inputs(op: OpCases, case: Case, device: str) -> None:
         for layout in layouts:
             strided = run(op, problem.map(lambda name, x: layout(x)))  # noqa: B023
             # float32 sums of torch's own matrix products, which the ops call, depend on strides.
-            assert_agrees(strided, contiguous, tolerance=4 * torch.finfo(torch.float32).eps)
+            assert_agrees(strided, contiguous, tolerance=REORDERED * torch.finfo(torch.float32).eps)
 
 
 @every_case

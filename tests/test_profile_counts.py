@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sap_fast
 from sap_fast import SAPConfig
-from sap_fast.ops._library import raw_ops
+from sap_fast.ops._cases import OpCases, every_op, pose, run
+from sap_fast.ops._library import flop_formula, raw_ops
 from sap_fast.profiling.advice import Parts, advise
 from sap_fast.profiling.counting import Counter
-from sap_fast.profiling.flops import _OWN, matrix_flops
+from sap_fast.profiling.flops import matrix_flops
 from sap_fast.profiling.trace import kernels
 
 # Counting
@@ -76,8 +77,8 @@ def test_flops_of_adapters_are_those_of_their_rules(halves: int) -> None:
         if halves == 2:
             dy[0] @ w, (dy[0] @ b + dy[1] @ b_dot) @ a, of_dot @ a_dot
     named = {"x": x[:halves], "weight": [w], "a": [a], "need_dx": True, "dy": [dy[:halves]]}
-    assert _OWN["lora_linear"](named) == forward.get_total_flops() - again
-    assert _OWN["lora_linear_backward"](named) == backward.get_total_flops()
+    assert flop_formula("lora_linear")(named) == forward.get_total_flops() - again
+    assert flop_formula("lora_linear_backward")(named) == backward.get_total_flops()
 
 
 @pytest.mark.parametrize(("window", "used"), [(0, None), (3, None), (1, None), (0, [4, 2]), (3, [4, 0])])
@@ -88,8 +89,8 @@ def test_attention_counts_what_its_mask_leaves(window: int, used: list[int] | No
     x = torch.randn(2, 9, heads, head_dim)
     named = {"q": x, "do": x[:1], "cu_seqlens": torch.tensor(ends), "window": window}
     named |= {"seqused": None if used is None else torch.tensor(used), "cu_seqlens_k": None}
-    assert _OWN["attention"](named) == 6 * 2 * seen * heads * head_dim
-    assert _OWN["attention_backward"](named) == 5 * 2 * seen * heads * head_dim
+    assert flop_formula("attention")(named) == 6 * 2 * seen * heads * head_dim
+    assert flop_formula("attention_backward")(named) == 5 * 2 * seen * heads * head_dim
 
 
 @pytest.mark.parametrize("window", [0, 1, 3])
@@ -105,11 +106,20 @@ def test_attention_counts_what_queries_at_the_end_see(window: int) -> None:
     x = torch.randn(2, 6, heads, head_dim)
     named = {"q": x, "cu_seqlens": torch.tensor([0, 2, 2, 6]), "cu_seqlens_k": torch.tensor([0, 5, 8, 12])}
     named |= {"seqused": None, "window": window}
-    assert _OWN["attention"](named) == 6 * 2 * seen * heads * head_dim
+    assert flop_formula("attention")(named) == 6 * 2 * seen * heads * head_dim
 
 
-def test_every_op_of_the_library_can_be_counted() -> None:
-    assert set(_OWN) == set(raw_ops())
+@pytest.mark.parametrize("op", every_op(), ids=lambda op: op.name)
+def test_every_op_of_the_library_can_be_counted(op: OpCases) -> None:
+    case = max((case for case in op.cases if case.purpose == "contract"), key=lambda case: case.flops)
+    with Counter() as counter:
+        counter.begin("op")
+        run(op, pose(op, case, torch.Generator().manual_seed(0)))
+    assert (counter.work["op"].flops > 0) == (case.flops > 0)
+
+
+def test_every_raw_op_has_a_formula() -> None:
+    assert all(callable(flop_formula(name)) for name in raw_ops())
 
 
 def test_bytes_are_those_of_the_operands() -> None:

@@ -4,13 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu.subjects import Subject
-from sap_fast.ops._cases import Problem, every_op
+from benchmarks.gpu.subjects import Subject, op_named
+from sap_fast.ops._cases import REAL_MODELS, Problem, every_op
 
 MODES = {"full": lambda pair: pair, "half": Problem.half, "single": Problem.single}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# Rows of a task batch of the published sizes, in sequences of that length; of the head, those that predict a token.
-ROWS, LENGTH, SCORED = 768, 96, 384
 FEW, SHORT = 8, 4
 
 
@@ -29,23 +27,18 @@ class SmokeCase(NamedTuple):
 def smallest(subject: Subject) -> Subject:
     """As few rows as kernels are compiled for as they are for all of a subject's.
 
-    A kernel knows widths, not the number of rows, with two exceptions: attention's tiles are chosen by the longest
-    sequence, and into how many parts the sums of a captured probe gradient are cut follows from the rows.
+    A kernel knows widths, not the number of rows, unless its op says so (``Sizes``), or the longest sequence.
     """
-    if subject.op == "probe_rms_norm" or subject.model == "tiny":
+    if op_named(subject.op).sizes.rows_matter or subject.model == "tiny":
         return subject
     return subject._replace(rows=subject.length or 16)
 
 
 def subjects(size: str, model: str = "llama-2-7b") -> list[Subject]:
     """Every op at one size."""
-    names = [op.name for op in every_op()]
     if size == "tiny":
-        return [Subject(name, "tiny", FEW, SHORT * (name == "attention")) for name in names]
-    return [
-        Subject(name, model, SCORED if name == "linear_cross_entropy" else ROWS, LENGTH * (name == "attention"))
-        for name in names
-    ]
+        return [Subject.of(op, "tiny", FEW, SHORT) for op in every_op()]
+    return [Subject(op.name, model, op.sizes.rows, op.sizes.length) for op in every_op()]
 
 
 def smoke_cases(size: str) -> list[SmokeCase]:
@@ -56,6 +49,6 @@ def smoke_cases(size: str) -> list[SmokeCase]:
         SmokeCase(subject, dtype, mode)
         for dtype in DTYPES
         for mode in MODES
-        for model in ("llama-2-7b", "smollm2-135m")
+        for model in REAL_MODELS
         for subject in subjects(size, model)
     ]

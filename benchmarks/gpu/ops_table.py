@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.gpu.results import Item
-from benchmarks.gpu.subjects import MANY, ROW_WISE, Visit
+from benchmarks.gpu.subjects import ROW_WISE, Visit
 from benchmarks.ops.contenders import PASSES
+from sap_fast.ops._cases import MANY, REAL_MODELS
 
 Row = dict[str, Any]
 
@@ -92,7 +93,7 @@ def targets(table: Iterable[Row], memories: Sequence[Row]) -> list[Row]:
         result.append({"target": f"{text} {sign} {bound:g}", "value": value, "verdict": verdict})
 
     for pass_, bound in LEAST_BANDWIDTH.items():
-        for model in ("llama-2-7b", "smollm2-135m"):
+        for model in REAL_MODELS:
             for op in ROW_WISE:
                 ours = look(op, model, 0, pass_)["contenders"].get("ours", {})
                 add(f"{op} {pass_}, {model}, {MANY} rows: of copy bandwidth", ours.get("of_copy"), bound, True)

@@ -24,16 +24,10 @@ from benchmarks.step.batches import PUBLISHED, Batch, rows
 from sap_fast import SAPConfig
 from sap_fast.ops._cases import derive, run
 from sap_fast.ops._library import launchers_on_cpu
+from sap_fast.ops._tolerances import OF_LARGEST, OF_NORM, TIMES_AT_WIDTH, allowed
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# In float32 an element may be off by four times what the formula in PyTorch is, and by four roundings of the largest.
-# Four, since cuBLAS adds 4096 terms one after another in one shape's product and in parts in another's: on an H200
-# lora_linear was off by 2.6 times what the formula was. A term left out is off by 100 times as much.
-TIMES, ROUNDINGS = 4.0, 4.0
-# In bfloat16 a result may be off by so much of its norm; what is rounded once is off by a ninth of it. Of its largest
-# element, any one element may be off by twice as much: a column that is missing is a small part of a norm.
-GATE, ELEMENT_GATE = 2**-6, 2**-5
 # Of a step: the loss; the gradient of each weight, of its norm, to which roundings add up over the layers
 # (``step/check.py``); of the probe, which is another derivative, the cosine, by the bound of ``benchmarks.fidelity``.
 LOSS_GATE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -71,16 +65,15 @@ def test_op(case: SmokeCase, record_property: Recording) -> None:
         yardstick = derive(op, problem)
         off = {name: _by_element(actual[name], truth[name], yardstick[name]) for name in truth}
     else:
-        off = {name: (_by_norm(actual[name], truth[name]), GATE) for name in truth}
-        off |= {f"{name}, element": (_by_largest(actual[name], truth[name]), ELEMENT_GATE) for name in truth}
+        off = {name: (_by_norm(actual[name], truth[name]), OF_NORM[dtype]) for name in truth}
+        off |= {f"{name}, element": (_by_largest(actual[name], truth[name]), OF_LARGEST[dtype]) for name in truth}
     _judge(off, record_property)
 
 
 def _by_element(actual: Tensor, truth: Tensor, yardstick: Tensor) -> tuple[float, float]:
     """The largest difference of two elements, and what is allowed of it."""
     error, usual = (float((x.double() - truth).abs().max()) for x in (actual, yardstick))
-    allowed = TIMES * usual + ROUNDINGS * torch.finfo(torch.float32).eps * float(truth.abs().max())
-    return error, allowed
+    return error, allowed(usual, float(truth.abs().max()), torch.float32, TIMES_AT_WIDTH)
 
 
 def _by_largest(actual: Tensor, truth: Tensor) -> float:
@@ -96,7 +89,7 @@ def _judge(off: dict[str, tuple[float, float]], record_property: Recording) -> N
     """Record error and allowance of each result, and see that none is beyond it; what is no number is."""
     record_property("off", off)
     beyond = {name: pair for name, pair in off.items() if not pair[0] <= pair[1]}
-    said = ", ".join(f"{name} {error:.3g} ({error / allowed:.2f} x)" for name, (error, allowed) in beyond.items())
+    said = ", ".join(f"{name} {error:.3g} ({error / most:.2f} x)" for name, (error, most) in beyond.items())
     assert not beyond, f"off by more than allowed: {said}"
 
 

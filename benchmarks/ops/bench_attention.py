@@ -18,6 +18,7 @@ from benchmarks.common.device_timer import DeviceTimer, Flush
 from sap_fast.model.attention_backends import Heads, choose, load, machine_of
 from sap_fast.model.attention_backends.choice import BACKENDS, Backend
 from sap_fast.model.attention_backends.serve import Ordinary, own_attention
+from sap_fast.ops._tolerances import OF_NORM
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if CUDA else torch.device("cpu")
@@ -26,8 +27,6 @@ WIDER = torch.float32 if CUDA else torch.float64
 HEADS, KV_HEADS, HEAD_DIM = (32, 32, 128) if CUDA else (9, 3, 64)
 ROWS, ROUNDS, WARMUP_ROUNDS = (8192, 30, 5) if CUDA else (2048, 3, 1)
 LENGTHS = (128, 256, 2048)
-# Of the norm of a result, in which rounding errors of single elements average out: those of p, ds and the result.
-TOLERANCE = {torch.bfloat16: 2**-6, torch.float32: 1e-5}
 TIMER = DeviceTimer(DEVICE.type)
 pytestmark = pytest.mark.benchmark(timer=TIMER, disable_gc=True)
 
@@ -83,7 +82,7 @@ def forward(backend: Backend, length: int) -> Callable[[], tuple[Tensor, list[Te
     found, truth = results(ordinary, DTYPE), results(own_attention, WIDER)
     for name, x, expected in zip(("o", "dq", "dk", "dv"), found, truth, strict=True):
         error = float((x - expected).norm() / expected.norm())
-        assert error <= TOLERANCE[DTYPE], f"{name} is off by {error:.2g} of its norm"
+        assert error <= OF_NORM[DTYPE], f"{name} is off by {error:.2g} of its norm"
     xs = [x.clone().requires_grad_() for x in leaves]
     return lambda: (ordinary(*xs, cu_seqlens, length, HEAD_DIM**-0.5, None), xs, do)
 

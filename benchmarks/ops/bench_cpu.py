@@ -16,6 +16,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks.gpu.subjects import has_formula
 from benchmarks.ops.contenders import PASSES, Contender, check, contender
 from sap_fast import _C
 from sap_fast.ops._cases import Case, OpCases, Problem, cases_for, derive, pose
@@ -77,6 +78,11 @@ def stage() -> Iterator[Stage]:
     yield Stage()
 
 
+def contenders_of(case: str) -> tuple[str, ...]:
+    op, _ = CASES[case]
+    return tuple(name for name in CONTENDERS if name != "eager" or has_formula(op.name))
+
+
 def visits() -> list[Any]:
     """Every pass of every case by each contender, in both orders."""
     return [
@@ -84,7 +90,7 @@ def visits() -> list[Any]:
         for dtype in DTYPES
         for case in CASES
         for pass_ in PASSES
-        for order, names in enumerate((CONTENDERS, CONTENDERS[::-1]), 1)
+        for order, names in enumerate((contenders_of(case), contenders_of(case)[::-1]), 1)
         for name in names
     ]
 

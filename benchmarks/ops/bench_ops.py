@@ -28,15 +28,12 @@ from sap_fast.ops._cases import (
     run,
     split,
 )
+from sap_fast.ops._tolerances import OF_NORM
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 ROUNDS, WARMUP_ROUNDS = (50, 5) if CUDA else (5, 1)
-
-# Of the norm of a result. Rounding errors of single elements average out in it: what remains is one
-# or two bfloat16 roundings, or in float32 that of sums over ten thousand terms.
-TOLERANCE = {torch.bfloat16: 2**-6, torch.float32: 1e-5}
 
 # The oracle is float64 where that takes seconds, counted by the products of one half.
 LARGE = 1e13 if CUDA else 1e10
@@ -82,7 +79,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
             ordinary = not changed.is_pair and name not in changed.cotangents
             expected = truth[f"{name}_dot" if ordinary else name]
             error = float((actual - expected).norm() / expected.norm())
-            assert error <= TOLERANCE[DTYPE], f"{name} is off by {error:.2g} of its norm"
+            assert error <= OF_NORM[DTYPE], f"{name} is off by {error:.2g} of its norm"
     return Subject(request.param, op, case, problem)
 
 

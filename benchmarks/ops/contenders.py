@@ -20,12 +20,9 @@ from benchmarks.ops import formulas
 from benchmarks.ops.peers import PEERS
 from sap_fast.ops._cases import OpCases, Problem, run, split
 from sap_fast.ops._library import reference_rule
+from sap_fast.ops._tolerances import OF_NORM
 
 PASSES = ("forward", "backward")
-
-# Of the norm of a result. Rounding errors of single elements average out in it: what remains is one or two bfloat16
-# roundings, or in float32 that of sums over ten thousand terms.
-TOLERANCE = {torch.bfloat16: 2**-6, torch.float32: 1e-5}
 
 
 class Recorder(TorchDispatchMode):
@@ -116,4 +113,4 @@ def check(op: OpCases, entry: Contender, pass_: str, expected: Mapping[str, Tens
     for name, result in actual.items():
         scale = float(expected[name].norm())
         error = float((result.to(expected[name].dtype) - expected[name]).norm()) / (scale or 1.0)
-        assert error <= TOLERANCE[dtype], f"{name} is off by {error:.2g} of its norm"
+        assert error <= OF_NORM[dtype], f"{name} is off by {error:.2g} of its norm"

@@ -1,7 +1,7 @@
 """What an op is tried on, read by its tests and by its benchmarks alike.
 
-Every op folder fills one :class:`OpCases` in its ``cases.py``; ``tests/test_ops.py`` and
-``benchmarks/ops/bench_ops.py`` find it there, and an op without that file has neither.
+Every op folder fills one :class:`OpCases` in its ``cases.py``; ``tests/test_ops.py``,
+``benchmarks/ops/bench_ops.py`` and ``benchmarks.gpu`` find it there, and an op without that file has none of them.
 
 A :class:`Problem` is one case made concrete, as stacks (see ``sap_fast/dual.py``). The leading
 dimensions of its inputs ``[S, ...]`` and cotangents ``[n, ...]`` say what is asked for: a full pair
@@ -14,7 +14,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,72 @@ class Products:
     pair_backward: int = 2
 
 
+class Widths(NamedTuple):
+    """The widths of a model."""
+
+    hidden: int
+    inner: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size at which an op is timed on a GPU.
+
+    Attributes:
+        model: by its name in ``benchmarks/gpu/subjects.py``.
+        rows: tokens.
+        length: of the sequences of tokens; 0 for an op that knows of none.
+        target: what its time is held to, if anything: a copy of as many bytes, or flash attention run twice. Such
+            sizes are timed first: time may run out.
+        compiled: whether the formula is also timed as ``torch.compile`` makes it, for which each shape takes seconds,
+            attention's much longer.
+    """
+
+    model: str
+    rows: int
+    length: int = 0
+    target: Literal["copy", "flash"] | None = None
+    compiled: bool = False
+
+
+# 16k rows, where bandwidth counts, and what a step has: there, tensors fit a GPU's cache, and time is what counts.
+MANY, FEW = 16384, (2048, 768)
+REAL_MODELS = ("llama-2-7b", "smollm2-135m")
+# Of an op that only reads and writes rows.
+STREAMED = (
+    *(Size(model, MANY, target="copy", compiled=True) for model in REAL_MODELS),
+    *(Size(model, rows) for rows in FEW for model in REAL_MODELS),
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """An op at the widths of a model, as ``benchmarks.gpu`` runs, compiles and times it.
+
+    Attributes:
+        case: of a model's widths, a number of rows and the length of their sequences, which is 0 where :attr:`length`
+            is.
+        timed: the sizes at which it is timed.
+        rows: those on which it is tried for the first time: by default the tokens of a task batch of the published
+            sizes.
+        length: of the sequences of these; 0 for an op that knows of none.
+        rows_matter: whether other kernels are compiled for other numbers of rows, not for other widths alone.
+        parts: cuts a problem into problems whose results, one after another, are its own, for an op whose oracle could
+            not hold all of it.
+    """
+
+    case: Callable[[Widths, int, int], Case]
+    timed: Sequence[Size]
+    rows: int = 768
+    length: int = 0
+    rows_matter: bool = False
+    parts: "Callable[[Problem], list[Problem]] | None" = None
+
+
 @dataclass(frozen=True)
 class OpCases:
     """An op and what it is tried on.
@@ -71,12 +137,18 @@ class OpCases:
             returns the output pairs.
         primal: the plain function of the inputs by name: one half in, one half of each output out.
         cases: at least one for ``"contract"``, ``"compile"`` and ``"bench"``.
+        sizes: for ``benchmarks.gpu``.
+        typical: name of the ``"contract"`` case that has no feature to spare: several rows, every input.
         wide: names of inputs that stay float32 where the others are bfloat16.
         tangent_only: names of inputs that are constants of a pair although their tangents are not:
             there the op has no cotangent for their primal half.
         whole: names of inputs that the op takes as one stack: their halves require grad together or
             not at all, and in half mode not at all.
         products: for the benchmarks' count of floating-point operations.
+        multiplies: names of its Triton kernels that multiply matrices in the dtype of its inputs.
+        reordered: whether its C++ kernels leave sums to torch, whose order follows from the number of threads.
+        any_width: names of arguments of its raw ops whose last dimension may have any size, ``[halves, rows, ...]``.
+        any_shape: names of those that fit with any shape, or that no C++ kernel reads.
     """
 
     name: str
@@ -84,10 +156,16 @@ class OpCases:
     call: Callable[[dict[str, Pair], dict[str, Any]], Sequence[Pair]]
     primal: Callable[[dict[str, Tensor], dict[str, Any]], tuple[Tensor, ...]]
     cases: Sequence[Case]
+    sizes: Sizes
+    typical: str
     wide: Collection[str] = ()
     tangent_only: Collection[str] = ()
     whole: Collection[str] = ()
     products: Products = Products()
+    multiplies: Collection[str] = ()
+    reordered: bool = False
+    any_width: Collection[str] = ()
+    any_shape: Collection[str] = ()
 
 
 @dataclass(frozen=True)

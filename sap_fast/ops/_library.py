@@ -22,6 +22,8 @@ _LIBRARY = torch.library.Library("sap_fast", "DEF")
 # What serves each raw op on key CUDA, and where nothing faster does, for launchers_on_cpu and references_on_cpu.
 _LAUNCHED: dict[str, Callable[..., Any]] = {}
 _REFERENCES: dict[str, Callable[..., Any]] = {}
+# What counts the floating-point operations of each raw op.
+_FLOPS: dict[str, Callable[[Mapping[str, Any]], int]] = {}
 
 # The dispatcher's thread-local state outside of any mode, to which a reference rule returns (see _with_autograd).
 _INCLUDED = torch._C._dispatch_tls_local_include_set()
@@ -97,6 +99,11 @@ def reference_rule(name: str) -> Callable[..., Any]:
     return _REFERENCES[name]
 
 
+def flop_formula(name: str) -> Callable[[Mapping[str, Any]], int]:
+    """What counts a raw op's floating-point operations; see :func:`define`."""
+    return _FLOPS[name]
+
+
 def launchers_on_cpu() -> AbstractContextManager[None]:
     """Let the Triton launchers serve key CPU as well, where ``TRITON_INTERPRET=1`` has their kernels interpreted."""
     return _serving_cpu(_LAUNCHED)
@@ -130,15 +137,30 @@ def _first_tensor(args: Iterable[Any]) -> Tensor:
     raise AssertionError("every raw op takes a tensor")
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def row_wise(named: Mapping[str, Any]) -> int:
+    """The floating-point operations of an op that only reads and writes rows: none, as it has no matrix products."""
+    return 0
+
+
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    flops: Callable[[Mapping[str, Any]], int],
+) -> None:
     """Register ``sap_fast::<schema>`` with its reference rule, its fake (shape) implementation and its Triton launcher.
 
     Args:
         schema: the op's schema, such as ``"glu(Tensor gate, Tensor up, str activation) -> Tensor"``.
         reference: the rule in PyTorch; must return fresh tensors, never views of its inputs.
         fake: returns empty outputs of the right shapes and dtypes.
+        flops: from the arguments by their names in the schema, how many floating-point operations the matrix products
+            take that the rule asks for (``sap_fast/dual.py``), a multiply and an add as two; :func:`row_wise` if it
+            asks for none.
     """
     name = schema.partition("(")[0]
+    _FLOPS[name] = flops
     _LIBRARY.define(schema)
     rule = _with_autograd(reference)
     _REFERENCES[name] = rule

@@ -1,5 +1,7 @@
 """Causal self-attention of a pair over packed or padded sequences; grouped heads, sliding window."""
 
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -172,6 +174,36 @@ def _fake_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tupl
     return tuple(x.new_empty((do.shape[0], *x.shape[1:])) for x in (q, k, v))
 
 
+def _flops(products: int, of_pair: int, count: str) -> Callable[[Mapping[str, Any]], int]:
+    """So many products of an ordinary pass, and of a pair, which it is if the argument ``count`` has two halves."""
+
+    def flops(named: Mapping[str, Any]) -> int:
+        heads, head_dim = named["q"].shape[2:]
+        return 2 * (of_pair if named[count].shape[0] == 2 else products) * _attended(named) * heads * head_dim
+
+    return flops
+
+
+def _attended(named: Mapping[str, Any]) -> int:
+    """How many scores the mask leaves, over all sequences."""
+    used, window, ends_k = named["seqused"], named["window"], named["cu_seqlens_k"]
+    lengths = _lengths(named["cu_seqlens"]) if used is None else used.tolist()
+    lengths_k = lengths if ends_k is None else _lengths(ends_k)
+    # The queries that would stand before the first are those of as many keys.
+    return sum(_causal(n_k, window) - _causal(n_k - n, window) for n, n_k in zip(lengths, lengths_k, strict=True))
+
+
+def _lengths(ends: Tensor) -> list[int]:
+    return [end - start for start, end in pairwise(ends.tolist())]
+
+
+def _causal(n: int, window: int) -> int:
+    """How many scores the mask leaves of ``n`` rows by ``n``."""
+    seen = min(n, window) if window else n
+    # The first rows see all before them, each of the others `seen` keys.
+    return seen * (seen + 1) // 2 + (n - seen) * seen
+
+
 # Without cu_seqlens_k, max_seqlen_k is max_seqlen.
 _CONSTANTS = (
     "Tensor cu_seqlens, Tensor? seqused, Tensor? cu_seqlens_k, int max_seqlen, int max_seqlen_k, float scale, "
@@ -185,10 +217,14 @@ define(
         torch.empty_like(q, memory_format=torch.contiguous_format),
         q.new_empty(q.shape[:3], dtype=compute_dtype(q)),
     ),
+    # q k^T and p v; of a pair also those with a tangent on each side.
+    flops=_flops(2, 6, "q"),
 )
 define(
     f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_CONSTANTS}) "
     "-> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    # The scores again, and those of dp, dq, dk, dv.
+    flops=_flops(5, 15, "do"),
 )

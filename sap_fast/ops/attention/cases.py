@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sap_fast.ops._cases import Case, OpCases, Products, normal
+from sap_fast.ops._cases import MANY, Case, OpCases, Problem, Products, Size, Sizes, Widths, normal
 from sap_fast.ops.attention import attention
 from sap_fast.ops.attention.reference import primal
 
@@ -70,8 +70,41 @@ def _primal(xs: dict[str, Tensor], c: dict) -> tuple[Tensor, ...]:
     return primal(xs["q"], xs["k"], xs["v"], **{**c, "window": c["window"] or 0, "max_seqlen_k": longest_k})[:1]
 
 
+def _of_model(w: Widths, rows: int, length: int) -> Case:
+    """As many whole sequences as there are rows for."""
+    return _case(
+        f"{rows // length}x{length}",
+        [length] * (rows // length),
+        heads=w.heads,
+        kv_heads=w.kv_heads,
+        head_dim=w.head_dim,
+        rows_after=rows % length,
+    )
+
+
+_TOKENS_AT_ONCE = 2048
+
+
+def _parts(problem: Problem) -> list[Problem]:
+    """Some sequences at a time of a problem of equal sequences: the T x T matrices of its truth are float64."""
+    c, rows = problem.constants, problem.inputs["q"].shape[1]
+    length, starts = c["max_seqlen"], c["cu_seqlens"]
+    step = max(_TOKENS_AT_ONCE // length, 1) * length
+
+    def part(start: int, stop: int) -> Problem:
+        cu_seqlens = torch.arange(0, stop - start + 1, length, dtype=starts.dtype, device=starts.device)
+        inputs, cotangents = (
+            {name: x[:, start:stop] for name, x in stacks.items()} for stacks in (problem.inputs, problem.cotangents)
+        )
+        return Problem(inputs, {**c, "cu_seqlens": cu_seqlens}, cotangents)
+
+    return [part(start, stop) for start, stop in itertools.pairwise([*range(0, rows, step), rows])]
+
+
 # Sequences that share the rows of a prefix, of which the first has the queries.
 _PREFIXED: dict[str, Any] = {"lengths": [85] + [45] * 11, "keys": [85] * 12}
+# Lengths that are timed.
+_TIMED = (128, 256, 2048)
 
 CASES = OpCases(
     name="attention",
@@ -139,7 +172,19 @@ CASES = OpCases(
         _case("smollm2-135m-at-the-end", **_PREFIXED, heads=9, kv_heads=3, head_dim=64, purpose="bench"),
         _case("llama-2-7b-at-the-end", **_PREFIXED, heads=32, kv_heads=32, head_dim=128, purpose="bench"),
     ],
+    sizes=Sizes(
+        _of_model,
+        timed=[
+            *(Size("llama-2-7b", MANY, length, target="flash", compiled=length == 2048) for length in _TIMED),
+            *(Size("smollm2-135m", MANY, length) for length in _TIMED),
+        ],
+        length=96,
+        parts=_parts,
+    ),
+    typical="packed",
     # Forward QK', PV and, of a pair, Q_dot K', Q K_dot', P V_dot, P_dot V. Backward dP, dV, dQ, dK;
     # of a pair each of these once for its tangent and, by the product rule, twice for its primal.
     products=Products(forward=2, backward=4, pair_forward=6, pair_backward=12),
+    multiplies=("forward_kernel", "query_kernel", "key_kernel"),
+    any_shape=("o",),  # which only a GPU needs
 )

@@ -15,6 +15,7 @@ from sap_fast.ops._library import (
     check_shape,
     define,
     may_overwrite,
+    row_wise,
     split_cotangent,
     stacked_cotangent,
 )
@@ -105,6 +106,7 @@ define(
     "glu(Tensor gate, Tensor up, str activation) -> Tensor",
     _forward,
     lambda gate, up, activation: torch.empty_like(gate, memory_format=torch.contiguous_format),
+    flops=row_wise,
 )
 define(
     "glu_backward(Tensor dy, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
@@ -113,9 +115,11 @@ define(
         torch.empty_like(dy, memory_format=torch.contiguous_format),
         torch.empty_like(dy, memory_format=torch.contiguous_format),
     ),
+    flops=row_wise,
 )
 define(
     "glu_backward_(Tensor dy, Tensor(a!) gate, Tensor(b!) up, str activation) -> ()",
     _backward_,
     lambda dy, gate, up, activation: None,
+    flops=row_wise,
 )

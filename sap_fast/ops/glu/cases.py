@@ -2,7 +2,7 @@
 
 import torch
 
-from sap_fast.ops._cases import Case, OpCases, normal
+from sap_fast.ops._cases import STREAMED, Case, OpCases, Sizes, normal
 from sap_fast.ops.glu import glu
 from sap_fast.ops.glu.reference import primal
 
@@ -45,4 +45,6 @@ CASES = OpCases(
         _case(1024, 1536, "smollm2-135m", purpose="bench"),
         _case(1024, 11008, "llama-2-7b", purpose="bench"),
     ],
+    sizes=Sizes(lambda w, rows, _: _case(rows, w.inner), timed=STREAMED),
+    typical="silu",
 )

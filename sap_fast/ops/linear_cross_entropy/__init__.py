@@ -1,5 +1,6 @@
 """Output head and cross-entropy of a pair, over labelled rows only; the logits never exist as a whole."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sap_fast.ops._library import (
     check_shape,
     compute_dtype,
     define,
+    row_wise,
     split_cotangent,
     stacked_cotangent,
 )
@@ -98,6 +100,11 @@ def _forward(x: Tensor, weight: Tensor, targets: Tensor, grads: int) -> tuple[Te
     return nll, basis
 
 
+def _flops(named: Mapping[str, Any]) -> int:
+    # The logits of each half, and the products with their cotangents that the backward weights row by row.
+    return 2 * (named["x"].shape[0] + named["grads"]) * named["x"].shape[1] * named["weight"].numel()
+
+
 define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, int grads) -> (Tensor, Tensor)",
     _forward,
@@ -105,9 +112,11 @@ define(
         x.new_empty(x.shape[:2], dtype=compute_dtype(x)),
         x.new_empty((grads, *x.shape[1:]), dtype=compute_dtype(x)),
     ),
+    flops=_flops,
 )
 define(
     "linear_cross_entropy_backward(Tensor dnll, Tensor basis, ScalarType dtype) -> Tensor",
     combined,
     lambda dnll, basis, dtype: basis.new_empty((dnll.shape[0], *basis.shape[1:]), dtype=dtype),
+    flops=row_wise,
 )

@@ -2,7 +2,7 @@
 
 import torch
 
-from sap_fast.ops._cases import Case, OpCases, Products, normal
+from sap_fast.ops._cases import FEW, REAL_MODELS, Case, OpCases, Products, Size, Sizes, normal
 from sap_fast.ops.linear_cross_entropy import linear_cross_entropy
 from sap_fast.ops.linear_cross_entropy.reference import primal
 
@@ -43,4 +43,12 @@ CASES = OpCases(
         _case(1024, 49152, 576, "smollm2-135m", purpose="bench"),
         _case(1024, 32000, 4096, "llama-2-7b", purpose="bench"),
     ],
+    sizes=Sizes(
+        lambda w, rows, _: _case(rows, w.vocab, w.hidden),
+        timed=[Size(model, rows, compiled=rows == FEW[0]) for rows in FEW for model in REAL_MODELS],
+        rows=384,  # those of a task batch that predict a token
+    ),
+    typical="5x11x7",
+    reordered=True,
+    any_width=("basis",),
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sap_fast.ops._cases import Case, OpCases, Pair, normal
+from sap_fast.ops._cases import FEW, MANY, REAL_MODELS, Case, OpCases, Pair, Size, Sizes, Widths, normal
 from sap_fast.ops.lora_linear import LoRATarget, dropout_mask, lora_linear
 from sap_fast.ops.lora_linear.reference import primal
 
@@ -46,6 +46,12 @@ def _case(
 
     multiplications = sum(d_in * d_out + rank * (d_in + d_out) for d_out, rank in zip(widths, ranks, strict=True))
     return Case(name, make, purpose, flops=2.0 * rows * multiplications)
+
+
+def _of_model(w: Widths, rows: int, _: int) -> Case:
+    """Queries, keys and values."""
+    keys = w.kv_heads * w.head_dim
+    return _case(str(rows), rows, w.hidden, [w.heads * w.head_dim, keys, keys], [8, 8, 8])
 
 
 def _salt(i: int) -> int:
@@ -108,7 +114,13 @@ CASES = OpCases(
         _case("smollm2-135m", 1024, 576, [576, 192, 192], [8, 8, 8], purpose="bench"),
         _case("llama-2-7b", 1024, 4096, [4096, 4096, 4096], [8, 8, 8], purpose="bench"),
     ],
+    sizes=Sizes(
+        _of_model,
+        timed=[Size(model, rows, compiled=rows == MANY) for rows in (*FEW, MANY) for model in REAL_MODELS],
+    ),
+    typical="dropout",
     wide=_ADAPTERS,
     # In a pair the gradient of a and b is that of their tangents; see lora_linear.
     tangent_only=_ADAPTERS,
+    any_shape=("seed",),  # a number
 )

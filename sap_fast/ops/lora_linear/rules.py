@@ -4,6 +4,7 @@ A frozen product may be formed elsewhere, on the rows of several streams at once
 ``lora_linear_backward_`` then do the rest of ``lora_linear`` and ``lora_linear_backward``.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +118,37 @@ def _fake_backward(dys: list[Tensor], x: Tensor, weights: list[Tensor], a: list,
     return dx, *_fake_gradients(x, a, b)
 
 
+def _forward_flops(named: Mapping[str, Any]) -> int:
+    halves, rows, _ = named["x"].shape
+    frozen = 2 * halves * rows * sum(weight.numel() for weight in named["weight"])
+    return frozen + _adapter_flops(named, [weight.shape[0] for weight in named["weight"]])
+
+
+def _adapter_flops(named: Mapping[str, Any], widths: Sequence[int]) -> int:
+    halves, rows, width = named["x"].shape
+    # Of a pair: B A x; B A x_dot, B_dot A x, B A_dot x, which share their last product.
+    products = 1 if halves == 1 else 3
+    ranks = [0 if a is None else a.shape[0] for a in named["a"]]
+    return 2 * products * rows * sum(rank * (width + d_out) for rank, d_out in zip(ranks, widths, strict=True))
+
+
+def _backward_flops(named: Mapping[str, Any]) -> int:
+    rows = named["x"].shape[1]
+    frozen = sum(dy.shape[0] * rows * weight.numel() for dy, weight in zip(named["dy"], named["weight"], strict=True))
+    return 2 * frozen * named["need_dx"] + _gradient_flops(named)
+
+
+def _gradient_flops(named: Mapping[str, Any]) -> int:
+    rows, width = named["x"].shape[1:]
+    total = 0
+    for dy, a in zip(named["dy"], named["a"], strict=True):
+        full = dy.shape[0] == 2
+        if a is not None:
+            # dy B, its product with A, x A^T, and the gradients of A and B; in full mode the other cotangent's too.
+            total += rows * a.shape[0] * ((4 if full else 2) * dy.shape[2] + (5 if full else 3) * width)
+    return 2 * total
+
+
 _ADAPTERS = "Tensor?[] a, Tensor?[] b, Tensor?[] a_dot, Tensor?[] b_dot"
 _CONSTANTS = "Tensor seed, float[] scaling, float[] dropout, int[] salt"
 
@@ -124,21 +156,25 @@ define(
     f"lora_linear(Tensor x, Tensor[] weight, Tensor?[] bias, {_ADAPTERS}, {_CONSTANTS}) -> Tensor[]",
     _forward,
     lambda x, weights, *_: [x.new_empty((*x.shape[:2], weight.shape[0])) for weight in weights],
+    flops=_forward_flops,
 )
 define(
     f"lora_linear_(Tensor(a!)[] y, Tensor x, Tensor?[] bias, {_ADAPTERS}, {_CONSTANTS}) -> ()",
     _forward_,
     lambda *_: None,
+    flops=lambda named: _adapter_flops(named, [y.shape[2] for y in named["y"]]),
 )
 define(
     f"lora_linear_backward(Tensor[] dy, Tensor x, Tensor[] weight, {_ADAPTERS}, {_CONSTANTS}, bool need_dx) "
     "-> (Tensor, Tensor[], Tensor[])",
     _backward,
     _fake_backward,
+    flops=_backward_flops,
 )
 define(
     f"lora_linear_backward_(Tensor(a!)[] product, Tensor[] dy, Tensor x, {_ADAPTERS}, {_CONSTANTS}) "
     "-> (Tensor[], Tensor[])",
     _backward_,
     lambda products, dys, x, a, b, *_: _fake_gradients(x, a, b),
+    flops=_gradient_flops,
 )

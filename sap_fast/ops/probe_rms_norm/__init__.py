@@ -15,6 +15,7 @@ from sap_fast.ops._library import (
     check_shape,
     compute_dtype,
     define,
+    row_wise,
     split_cotangent,
     stacked_cotangent,
 )
@@ -172,6 +173,7 @@ define(
         torch.empty_like(residual, memory_format=torch.contiguous_format),
         residual.new_empty(residual.shape[:2], dtype=compute_dtype(residual)),
     ),
+    flops=row_wise,
 )
 define(
     "probe_rms_norm_backward(Tensor? dh, Tensor dy, Tensor h, Tensor rstd, Tensor weight, float eps, "
@@ -181,4 +183,5 @@ define(
         torch.empty_like(dy, memory_format=torch.contiguous_format),
         dy.new_empty((dy.shape[0], dy.shape[2]) if capture else (0,), dtype=compute_dtype(h)),
     ),
+    flops=row_wise,
 )

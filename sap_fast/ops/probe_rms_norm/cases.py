@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sap_fast.ops._cases import Case, OpCases, Pair, normal
+from sap_fast.ops._cases import STREAMED, Case, OpCases, Pair, Sizes, normal
 from sap_fast.ops.probe_rms_norm import probe_rms_norm
 from sap_fast.ops.probe_rms_norm.reference import primal
 
@@ -63,6 +63,9 @@ CASES = OpCases(
         _case(1024, 576, "smollm2-135m", purpose="bench"),
         _case(1024, 4096, "llama-2-7b", purpose="bench"),
     ],
+    # Into how many parts the sums of a captured probe gradient are cut follows from the rows.
+    sizes=Sizes(lambda w, rows, _: _case(rows, w.hidden), timed=STREAMED, rows_matter=True),
+    typical="5x7",
     wide=("probe",),
     whole=("probe",),
 )

@@ -14,6 +14,7 @@ from sap_fast.ops._library import (
     check_shape,
     compute_dtype,
     define,
+    row_wise,
     split_cotangent,
     stacked_cotangent,
 )
@@ -86,9 +87,11 @@ define(
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty(x.shape[:2], dtype=compute_dtype(x)),
     ),
+    flops=row_wise,
 )
 define(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor rstd, Tensor weight, float eps, float offset) -> Tensor",
     _backward,
     lambda dy, x, rstd, weight, eps, offset: torch.empty_like(dy, memory_format=torch.contiguous_format),
+    flops=row_wise,
 )

@@ -2,7 +2,7 @@
 
 import torch
 
-from sap_fast.ops._cases import Case, OpCases, normal
+from sap_fast.ops._cases import STREAMED, Case, OpCases, Sizes, normal
 from sap_fast.ops.rms_norm import rms_norm
 from sap_fast.ops.rms_norm.reference import primal
 
@@ -49,4 +49,6 @@ CASES = OpCases(
         _case(1024, 576, "smollm2-135m", purpose="bench"),
         _case(1024, 4096, "llama-2-7b", purpose="bench"),
     ],
+    sizes=Sizes(lambda w, rows, _: _case(rows, w.hidden), timed=STREAMED),
+    typical="5x7",
 )

@@ -14,6 +14,7 @@ from sap_fast.ops._library import (
     check_pair,
     check_shape,
     define,
+    row_wise,
     split_cotangent,
     stacked_cotangent,
 )
@@ -111,5 +112,10 @@ def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
     )
 
 
-define("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)", _forward, _fake)
-define("rotary_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin) -> (Tensor, Tensor)", _backward, _fake)
+define("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)", _forward, _fake, flops=row_wise)
+define(
+    "rotary_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    _backward,
+    _fake,
+    flops=row_wise,
+)

@@ -2,7 +2,7 @@
 
 import torch
 
-from sap_fast.ops._cases import Case, OpCases, Pair, normal
+from sap_fast.ops._cases import STREAMED, Case, OpCases, Pair, Sizes, normal
 from sap_fast.ops.rotary import rotary
 from sap_fast.ops.rotary.reference import primal
 
@@ -15,11 +15,13 @@ def _case(
     name: str = "",
     *,
     rotary_dim: int | None = None,
+    repeated: bool = False,
     purpose: str = "contract",
 ) -> Case:
     def make(rng: torch.Generator) -> tuple[dict, dict]:
-        # Models repeat their angles in the two halves of the channels; the op does not rely on it.
-        angles = normal(rng, rows, rotary_dim or head_dim)
+        # Models repeat their angles in the two halves of the channels; the op does not rely on it, others do.
+        width = rotary_dim or head_dim
+        angles = normal(rng, rows, width // 2).repeat(1, 2) if repeated else normal(rng, rows, width)
         inputs = {
             "q": normal(rng, 2, rows, heads, head_dim),
             "k": normal(rng, 2, rows, kv_heads, head_dim),
@@ -51,4 +53,8 @@ CASES = OpCases(
         _case(1024, 9, 3, 64, "smollm2-135m", purpose="bench"),
         _case(1024, 32, 32, 128, "llama-2-7b", purpose="bench"),
     ],
+    sizes=Sizes(lambda w, rows, _: _case(rows, w.heads, w.kv_heads, w.head_dim, repeated=True), timed=STREAMED),
+    typical="partial",
+    # Channels beyond those of cos and sin are left alone, however many there are.
+    any_width=("q", "k", "dq", "dk"),
 )

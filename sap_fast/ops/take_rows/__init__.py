@@ -16,6 +16,7 @@ from sap_fast.ops._library import (
     check_shape,
     compute_dtype,
     define,
+    row_wise,
     split_cotangent,
     stacked_cotangent,
 )
@@ -129,9 +130,11 @@ define(
     "take_rows(Tensor[] x, Tensor rows) -> Tensor[]",
     _forward,
     lambda xs, rows: [x.new_empty((x.shape[0], rows.shape[0], *x.shape[2:])) for x in xs],
+    flops=row_wise,
 )
 define(
     "take_rows_backward(Tensor[] dy, Tensor offsets, Tensor takers) -> Tensor[]",
     _backward,
     lambda dys, offsets, takers: [dy.new_empty((dy.shape[0], offsets.shape[0] - 1, *dy.shape[2:])) for dy in dys],
+    flops=row_wise,
 )

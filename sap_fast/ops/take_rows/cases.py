@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sap_fast.ops._cases import Case, OpCases, Pair, normal
+from sap_fast.ops._cases import Case, OpCases, Pair, Sizes, Widths, normal
 from sap_fast.ops.take_rows import RowIndex, take_rows
 from sap_fast.ops.take_rows.reference import primal
 
@@ -27,6 +27,11 @@ def _shared(sequences: int, length: int, prefix: int) -> tuple[int, list[int]]:
     own = length - prefix
     rows = [[*range(prefix), *range(prefix + i * own, prefix + (i + 1) * own)] for i in range(sequences)]
     return prefix + sequences * own, [row for sequence in rows for row in sequence]
+
+
+def _of_model(w: Widths, rows: int, _: int) -> Case:
+    """Keys and values of sequences whose common prefix is a third of what they have."""
+    return _case(str(rows), rows, [i % rows for i in range(rows + rows // 2)], [(w.kv_heads, w.head_dim)] * 2)
 
 
 def _call(pairs: dict[str, Pair], c: dict) -> list[Pair]:
@@ -56,4 +61,9 @@ CASES = OpCases(
         _case("smollm2-135m", *_shared(12, 85, 40), _KV_135M, purpose="bench"),
         _case("llama-2-7b", *_shared(12, 85, 40), _KV_7B, purpose="bench"),
     ],
+    sizes=Sizes(_of_model, timed=()),
+    typical="shared-prefix",
+    # It takes any rows of any tensor; that these are there is a matter of values.
+    any_width=("dy",),
+    any_shape=("x", "rows"),
 )

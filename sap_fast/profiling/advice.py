@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sap_fast.config import SAPConfig
-from sap_fast.profiling.contenders import kinds
 from sap_fast.profiling.phases import DIRECTION, PASSES
+from sap_fast.profiling.steps import kinds
 
 # Less than this share of the time is not worth a word.
 _LEAST = 0.02

@@ -8,13 +8,13 @@ import torch
 
 from sap_fast.config import SAPConfig
 from sap_fast.profiling.advice import Parts, advise
-from sap_fast.profiling.contenders import LABELS, PEFT, SAP_STEP, SFT, kinds
 from sap_fast.profiling.counting import Work
 from sap_fast.profiling.inputs import Rounds
 from sap_fast.profiling.notes import notes
 from sap_fast.profiling.phases import PHASES
 from sap_fast.profiling.result import Cost, Profile, Spread
 from sap_fast.profiling.rounds import Measured
+from sap_fast.profiling.steps import LABELS, PEFT, SAP_STEP, SFT, kinds
 
 
 def assemble(

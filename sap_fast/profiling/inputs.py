@@ -15,8 +15,8 @@ from sap_fast.batch.rows import Rows
 from sap_fast.config import SAPConfig
 from sap_fast.errors import BatchError
 from sap_fast.model.decoder import Decoder
-from sap_fast.profiling.contenders import Batch
 from sap_fast.profiling.files import why_taken
+from sap_fast.profiling.steps import Batch
 
 
 def check_settings(

@@ -9,10 +9,10 @@ from torch import nn
 
 from sap_fast.config import SAPConfig
 from sap_fast.profiling.assemble import assemble
-from sap_fast.profiling.contenders import Batch, Steps
 from sap_fast.profiling.inputs import Rounds, check_settings
 from sap_fast.profiling.result import Profile
 from sap_fast.profiling.rounds import Tell, measure
+from sap_fast.profiling.steps import Batch, Steps
 from sap_fast.profiling.untouched import untouched
 from sap_fast.step import SAP, attach
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sap_fast
 from sap_fast import SAPConfig
-from sap_fast.profiling.clock import Clock
+from sap_fast.profiling.meters import Clock
 from sap_fast.profiling.phases import ignored
 from sap_fast.profiling.steps import Steps, kinds
 

@@ -7,7 +7,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from sap_fast.profiling.advice import Advice
-from sap_fast.profiling.memory import Memory
+from sap_fast.profiling.meters import Memory
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from sap_fast.profiling import trace
-from sap_fast.profiling.clock import Clock, seconds_of
 from sap_fast.profiling.counting import Counter, Work
 from sap_fast.profiling.inputs import Rounds
-from sap_fast.profiling.memory import Memory, peak_of
+from sap_fast.profiling.meters import Clock, Memory, peak_of, seconds_of
 from sap_fast.profiling.phases import Begin, ignored
 from sap_fast.profiling.steps import PEFT, Batch, Contender
 from sap_fast.profiling.trace import Kernels

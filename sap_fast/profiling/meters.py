@@ -1,6 +1,12 @@
-"""Takes the time of phases: on a GPU by events on its stream, which nobody waits for, on a CPU by the clock."""
+"""Measures the time of phases and of steps, and the most memory that a step takes.
 
+The time of phases is taken on a GPU by events on its stream, which nobody waits for, and on a CPU by the clock.
+"""
+
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,3 +60,37 @@ def seconds_of(device: torch.device, step: Any) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Memory:
+    """``peak``: bytes. ``added``: how many of them the step itself took; None where that is not known, on a CPU."""
+
+    peak: int
+    added: int | None
+
+
+def peak_of(device: torch.device, step: Callable[[], None]) -> Memory:
+    """Run ``step()`` and say the most memory it held.
+
+    On a GPU that is torch's ``max_memory_allocated``, whose count begins anew here. On a CPU it is the highest
+    resident set of the process up to now, which does not come down again: a step that holds less than one before it
+    shows that one's.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        return Memory(peak, peak - before)
+    step()
+    return Memory(_resident(), None)
+
+
+def _resident() -> int:
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,12 +1,15 @@
-"""A profile's tables, as text and as cells that the page shares."""
+"""A profile as text, and the tables, numbers and units that its page shares with it."""
 
 from collections.abc import Sequence
 
 from sap_fast.profiling.phases import BY_KEY
 from sap_fast.profiling.result import Cost, Profile, Spread
-from sap_fast.profiling.units import count, seconds, size
+
+_SIZES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # heads, rows
+
+ADVICE = "What would cut it (predictions from the phase times above, not measured; each changes the algorithm)"
 
 
 def headline(profile: Profile) -> str:
@@ -90,9 +93,6 @@ def summary(profile: Profile) -> str:
     return "\n\n".join(blocks)
 
 
-ADVICE = "What would cut it (predictions from the phase times above, not measured; each changes the algorithm)"
-
-
 def _aligned(table: Table) -> str:
     heads, rows = table
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
@@ -101,3 +101,29 @@ def _aligned(table: Table) -> str:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("  " + "  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def seconds(value: float) -> str:
+    """Seconds, or milliseconds."""
+    return f"{_three(value)} s" if value >= 1 else f"{_three(1e3 * value)} ms"
+
+
+def size(value: float, unit: str) -> str:
+    """With a decimal prefix; nothing at all is a dash."""
+    if not value:
+        return "–"
+    for factor, prefix in _SIZES:
+        if value >= factor:
+            return f"{_three(value / factor)} {prefix}{unit}"
+    return f"{value:.0f} {unit}"
+
+
+def count(value: float | None) -> str:
+    """A whole number; of a small average one digit behind the point."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:,.1f}"
+
+
+def _three(value: float) -> str:
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"

@@ -6,19 +6,11 @@ from typing import Any
 
 from sap_fast.config import SAPConfig
 from sap_fast.profiling.phases import DIRECTION, PASSES
+from sap_fast.profiling.result import Advice
 from sap_fast.profiling.steps import kinds
 
 # Less than this share of the time is not worth a word.
 _LEAST = 0.02
-
-
-@dataclass(frozen=True)
-class Advice:
-    """``changes`` to the settings, the ratio to plain SFT that they are predicted to give, and a sentence."""
-
-    changes: Mapping[str, Any]
-    predicted_ratio: float
-    text: str
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from sap_fast.cli import output
-from sap_fast.profiling.result import Profile
 
 _WRITTEN = ("profile.html", "profile.json", "trace.json")
 
@@ -25,8 +24,11 @@ def why_taken(folder: Path, *, overwrite: bool) -> str | None:
     return None
 
 
-def write(profile: Profile, folder: Path, *, overwrite: bool) -> None:
+def write(content: dict[str, Any], page: str, trace: str | None, folder: Path, *, overwrite: bool) -> None:
     """Write a profile's files: all of them, or none.
+
+    Args:
+        content: of ``profile.json``; page: of ``profile.html``; trace: of ``trace.json``, which None leaves out.
 
     Raises:
         FileExistsError: see :func:`why_taken`.
@@ -35,10 +37,10 @@ def write(profile: Profile, folder: Path, *, overwrite: bool) -> None:
         raise FileExistsError(reason)
 
     def fill(scratch: Path) -> None:
-        (scratch / "profile.json").write_text(_json(profile.to_dict()), encoding="utf-8")
-        (scratch / "profile.html").write_text(profile.html(), encoding="utf-8")
-        if profile.trace is not None:
-            (scratch / "trace.json").write_text(profile.trace, encoding="utf-8")
+        (scratch / "profile.json").write_text(_json(content), encoding="utf-8")
+        (scratch / "profile.html").write_text(page, encoding="utf-8")
+        if trace is not None:
+            (scratch / "trace.json").write_text(trace, encoding="utf-8")
 
     output.write_folder(folder, fill)
 

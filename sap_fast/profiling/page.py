@@ -5,8 +5,7 @@ from html import escape
 from typing import Any
 
 from sap_fast.profiling.phases import BY_KEY, PHASES, Phase
-from sap_fast.profiling.result import Cost, Profile
-from sap_fast.profiling.text import ADVICE, Table, count, headline, phases, seconds, tables, together, totals
+from sap_fast.profiling.text import ADVICE, Content, Table, count, headline, phases, seconds, tables, together, totals
 
 _TITLE = "Where a training step's time goes"
 
@@ -43,7 +42,7 @@ th:first-child, td:first-child { text-align: left; } th { font-weight: 600; bord
 """
 
 
-def page(profile: Profile) -> str:
+def page(profile: Content) -> str:
     """The page, as text."""
     shown = tables(profile)
     body = [
@@ -56,13 +55,13 @@ def page(profile: Profile) -> str:
     ]
     for title, costs in shown:
         body += [f"<h2>{escape(title)}: {seconds(together(costs))} in phases</h2>", _table(phases(costs))]
-    if profile.advice:
-        items = "".join(f"<li>{escape(advice.text)}</li>" for advice in profile.advice)
+    if profile["advice"]:
+        items = "".join(f"<li>{escape(advice['text'])}</li>" for advice in profile["advice"])
         body += ["<h2>What would cut it</h2>", f"<p>{escape(ADVICE)}:</p>", f"<ul>{items}</ul>"]
     body += ["<h2>What was run</h2>", _table((("what", "value"), _facts(profile)))]
     body += [
         "<h2>How it was measured</h2>",
-        f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in profile.notes)}</ul>",
+        f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in profile['notes'])}</ul>",
     ]
     return _WHOLE.format(title=_TITLE, style=_STYLE, body="\n".join(body))
 
@@ -82,15 +81,15 @@ _WHOLE = """<!doctype html>
 """
 
 
-def _figure(steps: Sequence[tuple[str, Sequence[Cost]]]) -> str:
+def _figure(steps: Sequence[tuple[str, Sequence[Content]]]) -> str:
     """One bar for each step, divided into its phases, all on one scale of time, and a legend: SVG without scripts.
 
     Args:
         steps: titles, and the phases' costs of each.
     """
-    lengths = [sum(cost.seconds.median for cost in costs) for _, costs in steps]
+    lengths = [sum(cost["seconds"]["median"] for cost in costs) for _, costs in steps]
     longest = max(lengths) or 1.0
-    shown = {cost.phase for _, costs in steps for cost in costs}
+    shown = {cost["phase"] for _, costs in steps for cost in costs}
     numbers = {phase.key: i for i, phase in enumerate((p for p in PHASES if p.key in shown), 1)}
     bars = [
         f"<p class=bar-title>{escape(title)}: {seconds(length)}</p>\n{_bar(title, costs, longest, numbers)}"
@@ -100,12 +99,12 @@ def _figure(steps: Sequence[tuple[str, Sequence[Cost]]]) -> str:
     return "\n".join([*bars, f"<ol class=legend>\n{legend}\n</ol>"])
 
 
-def _bar(title: str, costs: Sequence[Cost], longest: float, numbers: dict[str, int]) -> str:
+def _bar(title: str, costs: Sequence[Content], longest: float, numbers: dict[str, int]) -> str:
     """A bar whose places are percentages of its width, so that text keeps its size on a narrow screen."""
     parts, start = [], 0.0
     for cost in costs:
-        phase, width = BY_KEY[cost.phase], cost.seconds.median / longest
-        said = f"{phase.label}: {seconds(cost.seconds.median)}, {cost.share:.1%}"
+        phase, width = BY_KEY[cost["phase"]], cost["seconds"]["median"] / longest
+        said = f"{phase.label}: {seconds(cost['seconds']['median'])}, {cost['share']:.1%}"
         parts.append(
             f'<rect x="{start:.3%}" y="0" width="{width:.3%}" height="{_HEIGHT}" fill="{phase.colour}">'
             f"<title>{escape(said)}</title></rect>"
@@ -113,7 +112,7 @@ def _bar(title: str, costs: Sequence[Cost], longest: float, numbers: dict[str, i
         if width > _ROOM:
             parts.append(
                 f'<text x="{start + width / 2:.3%}" y="{_HEIGHT / 2 + 4:g}" text-anchor="middle" '
-                f'fill="{_ink(phase.colour)}">{numbers[cost.phase]}</text>'
+                f'fill="{_ink(phase.colour)}">{numbers[cost["phase"]]}</text>'
             )
         start += width
     label = escape(f"{title}, by phase; the table has its numbers", quote=True)
@@ -145,13 +144,13 @@ def _table(table: Table) -> str:
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{chr(10).join(lines)}\n</tbody>\n</table>"
 
 
-def _place(profile: Profile) -> str:
-    return "; ".join(f"{name} {value}" for name, value in profile.environment.items())
+def _place(profile: Content) -> str:
+    return "; ".join(f"{name} {value}" for name, value in profile["environment"].items())
 
 
-def _facts(profile: Profile) -> list[tuple[str, ...]]:
-    facts: list[tuple[str, ...]] = [(name.replace("_", " "), count(value)) for name, value in profile.tokens.items()]
-    facts += [(name, _said(value)) for name, value in profile.settings.items()]
+def _facts(profile: Content) -> list[tuple[str, ...]]:
+    facts: list[tuple[str, ...]] = [(name.replace("_", " "), count(value)) for name, value in profile["tokens"].items()]
+    facts += [(name, _said(value)) for name, value in profile["settings"].items()]
     return facts
 
 

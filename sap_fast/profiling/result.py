@@ -6,8 +6,10 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from sap_fast.profiling.advice import Advice
+from sap_fast.profiling import files
 from sap_fast.profiling.meters import Memory
+from sap_fast.profiling.page import page
+from sap_fast.profiling.text import summary
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,15 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """``changes`` to the settings, the ratio to plain SFT that they are predicted to give, and a sentence."""
+
+    changes: Mapping[str, Any]
+    predicted_ratio: float
+    text: str
+
+
+@dataclass(frozen=True)
 class Profile:
     """Where the time of plain fine-tuning and of SAP goes. Made by :func:`sap_fast.profile`.
 
@@ -95,15 +106,11 @@ class Profile:
 
     def summary(self) -> str:
         """Everything in short, as text."""
-        from sap_fast.profiling.text import summary
-
-        return summary(self)
+        return summary(self.to_dict())
 
     def html(self) -> str:
         """Everything, as a page that needs nothing else."""
-        from sap_fast.profiling.page import page
-
-        return page(self)
+        return page(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and text, without the trace."""
@@ -119,6 +126,4 @@ class Profile:
         Raises:
             FileExistsError: the folder holds something, and ``overwrite`` is not set; or what no profile has written.
         """
-        from sap_fast.profiling.files import write
-
-        write(self, Path(folder), overwrite=overwrite)
+        files.write(self.to_dict(), self.html(), self.trace, Path(folder), overwrite=overwrite)

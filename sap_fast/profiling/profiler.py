@@ -1,10 +1,12 @@
 """``sap_fast.profile``: runs plain fine-tuning and SAP side by side on a model, and says where their time goes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sap_fast.config import SAPConfig
@@ -13,7 +15,6 @@ from sap_fast.profiling.inputs import Rounds, check_settings
 from sap_fast.profiling.result import Profile
 from sap_fast.profiling.rounds import Tell, measure
 from sap_fast.profiling.steps import Batch, Steps
-from sap_fast.profiling.untouched import untouched
 from sap_fast.step import SAP, attach
 
 
@@ -67,7 +68,7 @@ def profile(
     with attach(model, config) as sap:
         assert sap._attached is not None
         decoder = sap._attached[0]
-        with untouched(model, decoder.device):
+        with preserve_model(model, decoder.device):
             rounds = Rounds.of(decoder, config, batches, pairs, warmup + steps)
             contenders = Steps(model, sap).contenders()
             found = measure(
@@ -85,6 +86,32 @@ def profile(
     if folder is not None:
         result.write(folder, overwrite=overwrite)
     return result
+
+
+@contextmanager
+def preserve_model(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Training mode, without gradients; afterwards what was there before, whatever has happened.
+
+    That is ``.grad`` (the very tensors), every module's ``training``, and torch's generators on the CPU and on
+    ``device``. Nothing here, and no step within, writes a weight.
+    """
+    gradients = [(p, p.grad) for p in model.parameters()]
+    flags = [(module, module.training) for module in model.modules()]
+    state = torch.get_rng_state()
+    state_there = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        for p, _ in gradients:
+            p.grad = None
+        model.train()
+        yield
+    finally:
+        for p, gradient in gradients:
+            p.grad = gradient
+        for module, flag in flags:
+            module.training = flag
+        torch.set_rng_state(state)
+        if state_there is not None:
+            torch.cuda.set_rng_state(state_there, device)
 
 
 def _settings(

@@ -24,11 +24,15 @@ def assemble(
     typical: tuple[int, int],
     device: torch.device,
 ) -> Profile:
-    """The profile.
+    """Make the profile of what was measured.
 
     Args:
-        settings: of the run, as they are to be shown; with ``peak_flops`` and ``bandwidth``.
-        typical: sequences and pairs of a typical round.
+        found: the times, counts and kernels of every step.
+        rounds: the batches and pairs that were run.
+        config: the method's settings.
+        settings: the run's settings as they are to be shown, with ``peak_flops`` and ``bandwidth``.
+        typical: how many sequences and pairs a typical round has.
+        device: where the steps ran.
     """
     # Not at the top: that module imports sap_fast itself, which imports this one.
     from sap_fast.environment import environment
@@ -63,10 +67,12 @@ def assemble(
 
 
 def _costs(weights: Mapping[str, float], found: Measured, floor: tuple[float | None, float | None]) -> list[Cost]:
-    """The phases of a step, or of the average of several kinds of it.
+    """Cost the phases of a step, or of the average of several kinds of it.
 
     Args:
-        weights: by contender's key.
+        weights: the share of each contender in the average, by its key.
+        found: what was measured.
+        floor: the device's peak FLOP/s and bytes/s, each as far as it is known.
     """
     rounds = range(len(found.phases[SFT]))
     present = [p.key for p in PHASES if any(p.key in run for key in weights for run in found.phases[key])]
@@ -125,8 +131,12 @@ def _notes(
     """Say in sentences what a reader has to know of how the profile was made.
 
     Args:
-        profiled: what the phases of SAP's step come to together, to its total.
-        busy: the share of them in which the GPU was busy with kernels.
+        found: what was measured.
+        config: the method's settings.
+        settings: the run's settings.
+        device: where the steps ran.
+        profiled: what the phases of SAP's step come to together, as a share of its total.
+        busy: the share of the phases' time in which the GPU was busy with kernels.
     """
     on_gpu, steps = device.type == "cuda", settings["steps"]
     said = [

@@ -13,11 +13,13 @@ import torch
 
 
 class Clock:
-    """The time from its making, phase by phase, until :meth:`seconds` is asked for.
+    """Takes the time of phases, each from where it begins to where the next one does.
+
+    On a GPU that is the time between two events on the stream that was current when the clock was made; it includes
+    what the GPU waits for.
 
     Args:
-        device: where the work is done. On a GPU, time between two phases' beginnings on the stream that was current
-            when the clock was made; it includes what the GPU waits for.
+        device: where the work is done.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,11 +29,11 @@ class Clock:
         self._marks: list[tuple[str, Any]] = []
 
     def begin(self, phase: str) -> None:
-        """A phase begins, and the one before it ends."""
+        """Let a phase begin, and the one before it end."""
         self._marks.append((phase, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase, added up where a phase came more than once; the last one ends now."""
+        """End the last phase, and return seconds by phase, added up where a phase came more than once."""
         ends = [at for _, at in self._marks[1:]] + [self._now()]
         if self._stream is not None:
             self._stream.synchronize()
@@ -52,7 +54,7 @@ class Clock:
 
 
 def seconds_of(device: torch.device, step: Any) -> float:
-    """Seconds of ``step()``, waiting for the device before and after it, and not within."""
+    """Return how many seconds ``step()`` takes; the device is waited for before and after it, and not within."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -64,14 +66,19 @@ def seconds_of(device: torch.device, step: Any) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """``peak``: bytes. ``added``: how many of them the step itself took; None where that is not known, on a CPU."""
+    """Holds the most memory that was in use during a step.
+
+    Attributes:
+        peak: bytes in use at the peak.
+        added: how many of them the step itself took; None on a CPU, where that is not known.
+    """
 
     peak: int
     added: int | None
 
 
 def peak_of(device: torch.device, step: Callable[[], None]) -> Memory:
-    """Run ``step()`` and say the most memory it held.
+    """Run ``step()`` and return the most memory that was in use during it.
 
     On a GPU that is torch's ``max_memory_allocated``, whose count begins anew here. On a CPU it is the highest
     resident set of the process up to now, which does not come down again: a step that holds less than one before it

@@ -10,10 +10,10 @@ from sap_fast.profiling.text import ADVICE, Content, Table, count, headline, pha
 _TITLE = "Where a training step's time goes"
 
 _HEIGHT = 34
-# A part narrower than this share of the figure's width has no room for its number.
+# A part narrower than this share of the figure's width gets no number, since it has no room for one.
 _ROOM = 0.035
 
-# On a narrow screen each row of a table becomes a block, its heads written beside its cells.
+# On a narrow screen, which columns do not fit, each row of a table becomes a block, its heads beside its cells.
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 60rem; margin: 0 auto;
@@ -43,7 +43,11 @@ th:first-child, td:first-child { text-align: left; } th { font-weight: 600; bord
 
 
 def page(profile: Content) -> str:
-    """The page, as text."""
+    """Write a profile as an HTML page.
+
+    Args:
+        profile: what ``Profile.to_dict()`` returns.
+    """
     shown = tables(profile)
     body = [
         f"<h1>{_TITLE}</h1>",
@@ -82,10 +86,10 @@ _WHOLE = """<!doctype html>
 
 
 def _figure(steps: Sequence[tuple[str, Sequence[Content]]]) -> str:
-    """One bar for each step, divided into its phases, all on one scale of time, and a legend: SVG without scripts.
+    """Draw one bar for each step, divided into its phases, all on one scale of time, and a legend: SVG, no scripts.
 
     Args:
-        steps: titles, and the phases' costs of each.
+        steps: the title of each step, and its phases.
     """
     lengths = [sum(cost["seconds"]["median"] for cost in costs) for _, costs in steps]
     longest = max(lengths) or 1.0
@@ -100,7 +104,7 @@ def _figure(steps: Sequence[tuple[str, Sequence[Content]]]) -> str:
 
 
 def _bar(title: str, costs: Sequence[Content], longest: float, numbers: dict[str, int]) -> str:
-    """A bar whose places are percentages of its width, so that text keeps its size on a narrow screen."""
+    """Draw a bar whose places are percentages of its width, so that text keeps its size on a narrow screen."""
     parts, start = [], 0.0
     for cost in costs:
         phase, width = BY_KEY[cost["phase"]], cost["seconds"]["median"] / longest
@@ -126,7 +130,7 @@ def _entry(phase: Phase, number: int) -> str:
 
 
 def _ink(colour: str) -> str:
-    """Black or white, whichever is read better on a colour."""
+    """Return black or white, whichever is read better on a colour."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"
 

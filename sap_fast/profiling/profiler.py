@@ -1,4 +1,4 @@
-"""``sap_fast.profile``: runs plain fine-tuning and SAP side by side on a model, and says where their time goes."""
+"""``sap_fast.profile`` runs plain fine-tuning and SAP side by side on a model, and says where their time goes."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -42,25 +42,27 @@ def profile(
     torch's generators on the CPU and on its device included). On a GPU, torch's count of peak memory begins anew.
 
     Args:
-        model: as for :func:`sap_fast.attach`, and not attached.
-        batches, pairs: as for :meth:`SAP.step`, one or several, best on the host; a round takes the next. At most
-            ``warmup + steps`` are drawn.
+        model: a model that :func:`sap_fast.attach` takes, and that is not attached.
+        batches: one or several batches that :meth:`SAP.step` takes, best on the host; each round takes the next. At
+            most ``warmup + steps`` are drawn.
+        pairs: one or several batches of pairs, in the same way.
         config: the method's settings; defaults if None. ``graph`` is taken as False: a replay has no phases.
-        steps: measured rounds.
-        warmup: rounds before them.
+        steps: how many rounds are measured.
+        warmup: how many rounds are run before these.
         output_dir: where to write ``profile.json``, ``profile.html`` and ``trace.json``; None for nowhere.
         overwrite: whether an earlier profile there may be replaced.
-        peak_flops, bandwidth: the device's FLOP/s in the model's dtype and its bytes/s, for the distance to the floor.
-        tell: called with a line before each part of the work.
+        peak_flops: the device's FLOP/s in the model's dtype, for the distance to the floor.
+        bandwidth: the device's bytes/s, for the same.
+        tell: is called with a line before each part of the work.
 
     Returns:
-        What was found; ``summary()`` gives it as text.
+        What was found; its ``summary()`` is the text for a terminal.
 
     Raises:
         ValueError, BatchError: settings or batches that cannot be used, before any work.
         FileExistsError: the output folder is taken, before any work.
-        UnsupportedModelError, RuntimeError: as :func:`sap_fast.attach`.
-        StepRefusedError: as :meth:`SAP.step`.
+        UnsupportedModelError, RuntimeError: :func:`sap_fast.attach` refuses the model.
+        StepRefusedError: :meth:`SAP.step` refuses a step.
     """
     folder = None if output_dir is None else Path(output_dir)
     check_settings(steps, warmup, peak_flops, bandwidth, folder, overwrite)
@@ -90,10 +92,10 @@ def profile(
 
 @contextmanager
 def preserve_model(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Training mode, without gradients; afterwards what was there before, whatever has happened.
+    """Put the model in training mode without gradients, and restore afterwards what was there before.
 
-    That is ``.grad`` (the very tensors), every module's ``training``, and torch's generators on the CPU and on
-    ``device``. Nothing here, and no step within, writes a weight.
+    Whatever has happened within, these are restored: ``.grad`` (the very tensors), every module's ``training``, and
+    torch's generators on the CPU and on ``device``. Nothing here, and no step within, writes a weight.
     """
     gradients = [(p, p.grad) for p in model.parameters()]
     flags = [(module, module.training) for module in model.modules()]

@@ -28,10 +28,11 @@ LABELS = {SFT: "plain SFT, sap_fast's passes", PEFT: "plain SFT, transformers an
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of a guarded step, and how often it comes.
+    """Describes one kind of SAP's steps, and how often it comes.
 
     Attributes:
-        directs, probes: whether a direction, and a probe, are found in it.
+        directs: whether a harmful direction is found in it.
+        probes: whether a probe is found in it.
         weight: its share of all steps.
         rhythm: where a handle stands before such a step.
     """
@@ -42,7 +43,7 @@ class Kind:
     rhythm: Rhythm
 
     def label(self, config: SAPConfig) -> str:
-        """What tells it from the other kinds."""
+        """Say what tells steps of this kind from the others under ``config``."""
         if self.directs:
             return "a step with a direction and a probe" if config.uses_probe else "a step with a direction"
         if not config.uses_probe or self.probes:
@@ -51,7 +52,7 @@ class Kind:
 
 
 def kinds(config: SAPConfig) -> list[Kind]:
-    """The kinds of steps that a configuration has, the dearest first; over a whole period of its rhythm.
+    """Find the kinds of steps that a whole period of a configuration's rhythm has, the dearest first.
 
     With ``direction_min_cosine`` the rhythm is the slowest, at ``direction_every``.
     """
@@ -69,14 +70,14 @@ def kinds(config: SAPConfig) -> list[Kind]:
 
 @dataclass(frozen=True)
 class Contender:
-    """A training step that is timed.
+    """Describes a training step that is timed.
 
     Attributes:
-        key: by which results name it.
-        label: for people.
-        of: what it is a share of: itself, or SAP's average step.
-        weight: that share.
-        run: takes a batch, pairs and what is told of its phases.
+        key: what results name it by.
+        label: what people are told.
+        of: the key of what it is a share of: itself, or SAP's average step.
+        weight: how large that share is.
+        run: runs the step on a batch and pairs, and calls its last argument where a phase begins.
     """
 
     key: str
@@ -87,7 +88,7 @@ class Contender:
 
 
 class Optimizer:
-    """AdamW over copies of the trained weights, which takes its gradients from the model's."""
+    """Steps AdamW over copies of the trained weights, with the gradients of the model's own."""
 
     def __init__(self, trained: list[nn.Parameter]) -> None:
         self._trained = trained
@@ -95,7 +96,7 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(self._copies, lr=1e-4, fused=True)
 
     def step(self) -> None:
-        """Take the gradients over, step, and let go of them."""
+        """Take the gradients over from the model's weights, step, and let go of them."""
         for p, copy in zip(self._trained, self._copies, strict=True):
             p.grad, copy.grad = None, p.grad
         self._adamw.step()
@@ -104,7 +105,7 @@ class Optimizer:
 
 @dataclass
 class _Place:
-    """Where a step is at present."""
+    """Holds where a step is at present."""
 
     directing: bool = False
     restarted: bool = False  # an ordinary pass that began above the lowest probe
@@ -113,14 +114,15 @@ class _Place:
 
 @dataclass(frozen=True)
 class PhaseDecoder(Decoder):
-    """A decoder that calls ``begin`` where a phase of a step begins; it computes what the decoder itself computes.
+    """Calls ``begin`` where a phase of a step begins, and computes what the decoder that it is made of computes.
 
-    In a backward pass it is called by hooks on the stream: where the cotangents leave the head, and where they pass
-    the cut beneath the lowest probe. The hooks go with the step's graph.
+    In a backward pass ``begin`` is called by hooks on the stream: where the cotangents leave the head, and where they
+    pass the cut beneath the lowest probe. The hooks go with the step's graph.
 
     Attributes:
-        begin: called with the key of each phase.
+        begin: is called with the key of each phase.
         cut: the lowest probed layer; None without a probe.
+        place: where the step is at present.
     """
 
     begin: Begin
@@ -129,11 +131,11 @@ class PhaseDecoder(Decoder):
 
     @classmethod
     def of(cls, decoder: Decoder, begin: Begin, cut: int | None) -> "PhaseDecoder":
-        """``decoder``, observed."""
+        """Make a decoder that computes what ``decoder`` does, and calls ``begin`` where phases begin."""
         return cls(**{f.name: getattr(decoder, f.name) for f in fields(Decoder)}, begin=begin, cut=cut, place=_Place())
 
     def enter(self, part: Literal["direction", "task", "update", "write"]) -> None:
-        """Take note of the step's part; a pass begins its own phases."""
+        """Take note of the part that a step enters; a pass begins its own phases."""
         if part in ("update", "write"):
             self.begin(part)
         else:
@@ -148,12 +150,12 @@ class PhaseDecoder(Decoder):
         theta_dot: Weights | None = None,
         probe: Mapping[int, Tensor] | None = None,
     ) -> Pass:
-        """As :meth:`Decoder.start`."""
+        """Begin the forward phase, and start a pass as :meth:`Decoder.start` does."""
         self.begin(self._phase("forward", pair=theta_dot is not None))
         return super().start(rows, seed, theta=theta, theta_dot=theta_dot, probe=probe)
 
     def run_together(self, runs: Sequence[Pass], streams: Sequence[Stream], start: int, stop: int) -> list[Stream]:
-        """As :meth:`Decoder.run_together`, with a hook on the stream that leaves the lowest probed layer."""
+        """Run layers as :meth:`Decoder.run_together` does, with a hook where the stream leaves the lowest probe."""
         run = runs[0]
         self.place.restarted = start > 0 and not run.is_pair
         self.place.together = len(runs) > 1
@@ -166,7 +168,7 @@ class PhaseDecoder(Decoder):
         return super().run_together(runs, streams, above, stop)
 
     def score(self, run: Pass, stream: Stream) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`Decoder.score`, with a hook on the stream that enters it."""
+        """Begin the head's phase, and score as :meth:`Decoder.score` does, with a hook on the stream that enters it."""
         if self.place.together and not run.is_pair:
             return super().score(run, stream)  # in the phases of the pass that it is run with
         divided = run.is_pair or self.place.restarted
@@ -198,11 +200,11 @@ class PhaseDecoder(Decoder):
 
 
 class Steps:
-    """Steps on one attached model.
+    """Makes the training steps that are timed, on one attached model.
 
     Args:
-        model: as a training loop has it.
-        sap: attached to it.
+        model: the model as a training loop has it.
+        sap: the handle that is attached to it.
     """
 
     def __init__(self, model: nn.Module, sap: SAP) -> None:
@@ -213,7 +215,7 @@ class Steps:
         self._cut = min(sap.probe_layers, default=None)
 
     def contenders(self) -> list[Contender]:
-        """PEFT's passes, the library's, and each kind of SAP's steps."""
+        """List all steps: plain fine-tuning by the library's passes and by PEFT's, and each kind of SAP's steps."""
         config = self._sap.config
         found = [
             Contender(SFT, LABELS[SFT], SFT, 1.0, lambda batch, _, begin: self._own(batch, None, begin)),
@@ -259,5 +261,5 @@ class Steps:
 
 
 def on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """A batch there."""
+    """Move a batch to a device."""
     return {key: x.to(device) for key, x in batch.items()}

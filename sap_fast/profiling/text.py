@@ -17,7 +17,7 @@ ADVICE = "What would cut it (predictions from the phase times above, not measure
 
 
 def headline(profile: Content) -> str:
-    """What it comes to, in a sentence."""
+    """Say in a sentence how long a step of SAP takes to plain fine-tuning."""
     ratio = profile["ratios"]["sap/sft"]
     said = (
         f"A step of SAP takes {ratio['median']:.2f}x plain SFT by the same library "
@@ -29,7 +29,7 @@ def headline(profile: Content) -> str:
 
 
 def totals(profile: Content) -> Table:
-    """Whole steps."""
+    """Make the table of whole steps."""
     rows: list[tuple[str, ...]] = []
     base = profile["totals"]["sft"]["median"]
     for key, spread in profile["totals"].items():
@@ -43,7 +43,7 @@ def totals(profile: Content) -> Table:
 
 
 def phases(costs: Sequence[Content]) -> Table:
-    """The phases of one step, and all of them together; columns for what is known alone."""
+    """Make the table of one step's phases and all of them together; what is not known has no column."""
     on_gpu = any(cost["kernels"] is not None for cost in costs)
     floor = any(cost["floor_seconds"] for cost in costs)
     heads = ["phase", "time", "share", *(["kernels", "GPU busy"] if on_gpu else ["ops"]), "bytes", "FLOPs"]
@@ -66,12 +66,12 @@ def _row(label: str, cost: Content, on_gpu: bool, floor: bool) -> tuple[str, ...
 
 
 def together(costs: Sequence[Content]) -> float:
-    """Seconds of all phases' medians."""
+    """Add up the seconds of a step's phases, by their medians."""
     return float(sum(cost["seconds"]["median"] for cost in costs))
 
 
 def tables(profile: Content) -> list[tuple[str, Sequence[Content]]]:
-    """Titles and phases of all steps, SAP's average first."""
+    """List the title and the phases of each step, SAP's average first."""
     order = sorted(profile["phases"], key=lambda key: (key != "sap", not key.startswith("sap"), key != "sft", key))
     several = any(weight < 1 for weight in profile["weights"].values())
     names = {**profile["labels"], "sap": "SAP, the average step" if several else "SAP"}
@@ -79,7 +79,11 @@ def tables(profile: Content) -> list[tuple[str, Sequence[Content]]]:
 
 
 def summary(profile: Content) -> str:
-    """The whole profile, for a terminal."""
+    """Write the whole profile as text for a terminal.
+
+    Args:
+        profile: what ``Profile.to_dict()`` returns.
+    """
     blocks = [headline(profile), _aligned(totals(profile))]
     for title, costs in tables(profile):
         blocks.append(f"{title}: {seconds(together(costs))} in phases\n{_aligned(phases(costs))}")
@@ -100,12 +104,12 @@ def _aligned(table: Table) -> str:
 
 
 def seconds(value: float) -> str:
-    """Seconds, or milliseconds."""
+    """Write a time in seconds or milliseconds, in three digits."""
     return f"{_three(value)} s" if value >= 1 else f"{_three(1e3 * value)} ms"
 
 
 def size(value: float, unit: str) -> str:
-    """With a decimal prefix; nothing at all is a dash."""
+    """Write an amount of a unit in three digits with a decimal prefix; nothing at all is a dash."""
     if not value:
         return "–"
     for factor, prefix in _SIZES:
@@ -115,7 +119,7 @@ def size(value: float, unit: str) -> str:
 
 
 def count(value: float | None) -> str:
-    """A whole number; of a small average one digit behind the point."""
+    """Write a count as a whole number, and a small average with one digit behind the point; None is a dash."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:,.1f}"

@@ -8,13 +8,12 @@
 Start reading at ``sap_fast/dual.py``.
 """
 
+from sap_fast._version import __version__
 from sap_fast.config import SAPConfig
 from sap_fast.errors import BatchError, StepRefusedError, UnsupportedModelError
 from sap_fast.profiling import Profile, profile
 from sap_fast.report import StepReport
 from sap_fast.step import SAP, attach
-
-__version__ = "0.1.0"
 
 __all__ = [
     "SAP",

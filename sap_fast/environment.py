@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-import sap_fast
 from sap_fast import _C
+from sap_fast._version import __version__
 from sap_fast.model.attention_backends import Heads, choose, machine_of
 from sap_fast.ops._library import architecture
 
@@ -24,7 +24,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "sap-fast": sap_fast.__version__,
+        "sap-fast": __version__,
         **packages,
     }
 

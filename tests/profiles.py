@@ -10,7 +10,7 @@ from torch import nn
 
 import sap_fast
 from sap_fast import Profile, SAPConfig
-from sap_fast.profiling.contenders import Contender, Optimizer, Steps
+from sap_fast.profiling.steps import Contender, Optimizer, Steps
 
 f32 = torch.float32
 DIRECTION = ["direction_forward", "direction_head", "direction_backward"]

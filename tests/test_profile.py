@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sap_fast
 from sap_fast import SAPConfig
-from sap_fast.profiling.clock import Clock
-from sap_fast.profiling.contenders import Steps, kinds
+from sap_fast.profiling.meters import Clock
 from sap_fast.profiling.phases import ignored
+from sap_fast.profiling.steps import Steps, kinds
 
 # The phases of a step
 

@@ -44,7 +44,7 @@ def test_flops_of_a_forward_pass_are_those_of_its_weights() -> None:
 
 
 def test_flops_of_grouped_attention_are_those_of_its_query_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """... also where torch's own formula takes as many heads of keys alone, as that of torch 2.11 does."""
+    """Also where torch's own formula takes only as many heads of keys as of queries, as that of torch 2.11 does."""
     from torch.utils import flop_counter
 
     def of_equal_heads(q: Any, k: Any, v: Any) -> int:

@@ -163,11 +163,14 @@ def test_a_failure_while_writing_leaves_the_earlier_profile(
 ) -> None:
     found, folder = written
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    real = Path.write_text
 
-    def interrupted(self: Profile) -> str:
-        raise KeyboardInterrupt
+    def interrupted(self: Path, *given: Any, **more: Any) -> int:
+        if self.name == "profile.html":  # the second file
+            raise KeyboardInterrupt
+        return real(self, *given, **more)
 
-    monkeypatch.setattr(Profile, "html", interrupted)
+    monkeypatch.setattr(Path, "write_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
         found.write(folder, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

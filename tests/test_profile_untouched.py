@@ -11,7 +11,7 @@ from torch import nn
 
 import sap_fast
 from sap_fast import BatchError
-from sap_fast.profiling.clock import Clock
+from sap_fast.profiling.meters import Clock
 
 # What is left of the model
 

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name == "--version":
-        from sap_fast import __version__
+        from sap_fast._version import __version__
 
         print(f"sap-fast {__version__}")
         return 0

@@ -5,34 +5,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from sap_fast.config import SAPConfig
-from sap_fast.profiling.contenders import kinds
 from sap_fast.profiling.phases import DIRECTION, PASSES
+from sap_fast.profiling.result import Advice
+from sap_fast.profiling.steps import kinds
 
-# Less than this share of the time is not worth a word.
+# A smaller share of the time is not worth a word, since every change alters the algorithm.
 _LEAST = 0.02
 
 
 @dataclass(frozen=True)
-class Advice:
-    """``changes`` to the settings, the ratio to plain SFT that they are predicted to give, and a sentence."""
-
-    changes: Mapping[str, Any]
-    predicted_ratio: float
-    text: str
-
-
-@dataclass(frozen=True)
 class Parts:
-    """Seconds of a step's parts, by its phases.
+    """Holds the seconds of a training step's parts, from which the time under other settings is predicted.
 
     Attributes:
-        direction: of a step that finds one.
-        passes: over the task batch, in a step that finds a probe.
-        ordinary: over the task batch by an ordinary pass.
-        rest: everything else.
-        ordinary_rest: everything else in a step without a direction and a probe.
-        tangents: the share of sequences with tangents.
-        pairs: how many a direction was found from.
+        direction: what finding a harmful direction takes, in a step that finds one.
+        passes: what the passes over the task batch take, in a step that finds a probe.
+        ordinary: what an ordinary pass over the task batch takes.
+        rest: what everything else takes, in a step that finds both.
+        ordinary_rest: what everything else takes, in a step without a direction and a probe.
+        tangents: the share of the batch's sequences that carry tangents.
+        pairs: how many pairs a direction was found from.
     """
 
     direction: float
@@ -47,12 +39,14 @@ class Parts:
     def of(
         cls, full: Mapping[str, float], plain: Mapping[str, float], config: SAPConfig, batch: int, pairs: int
     ) -> "Parts":
-        """From phase times.
+        """Add up the measured times of phases to those of a step's parts.
 
         Args:
             full: seconds by phase of a step that finds a direction and, where the settings use one, a probe.
-            plain: of a step without: SAP's own, or else plain fine-tuning's.
-            batch: sequences of a batch; pairs: pairs given to a step.
+            plain: seconds by phase of a step that finds neither: SAP's own, or else plain fine-tuning's.
+            config: the settings under which both were measured.
+            batch: how many sequences a batch has.
+            pairs: how many pairs are given to a step.
         """
         direction = sum(full.get(phase, 0.0) for phase in DIRECTION)
         passes = sum(full.get(phase, 0.0) for phase in PASSES)
@@ -70,7 +64,13 @@ class Parts:
         )
 
     def seconds(self, config: SAPConfig, batch: int, pairs: int) -> float:
-        """Of an average step under ``config``."""
+        """Predict how many seconds an average step takes under ``config``.
+
+        Args:
+            config: the settings, which may be others than those that were measured.
+            batch: how many sequences a batch has.
+            pairs: how many pairs are given to a step.
+        """
         direction = self.direction * min(config.pairs_per_step or pairs, pairs) / self.pairs
         passes = self.passes
         if _carries_tangents(config):
@@ -84,12 +84,14 @@ class Parts:
 
 
 def advise(parts: Parts, config: SAPConfig, batch: int, pairs: int, ratio: float) -> list[Advice]:
-    """Changes to the settings that are predicted to save something, the largest gain first.
+    """Find changes to the settings that are predicted to save time, the largest gain first.
 
     Args:
-        parts: as measured under ``config``.
-        batch: sequences of a batch; pairs: pairs given to a step.
-        ratio: of SAP's step to plain SFT's, as measured.
+        parts: the seconds of a step's parts, as measured under ``config``.
+        config: the settings to be changed.
+        batch: how many sequences a batch has.
+        pairs: how many pairs are given to a step.
+        ratio: how long SAP's step takes to plain SFT's, as measured.
     """
     now = parts.seconds(config, batch, pairs)
     found = []
@@ -132,7 +134,7 @@ def _reason(parts: Parts, config: SAPConfig, changes: Mapping[str, Any], now: fl
 
 
 def _carries_tangents(config: SAPConfig) -> bool:
-    """Whether the number of tangents is what the passes' extra cost goes by; under ``fresh`` a part of it is not."""
+    """Tell whether the passes' extra cost goes by the number of tangents; under ``fresh`` a part of it does not."""
     return config.uses_probe and config.gradient == "dual" and config.schedule == "lagged"
 
 

@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from sap_fast.profiling.flops import matrix_flops
 
-# What allocates or asks, and computes nothing; what only writes; and what reads some rows of its first argument.
+# Ops that cannot be counted by their operands: these allocate or ask, and move nothing; the next only write; and the
+# last read no more of their first argument than the rows that they are asked for.
 _IDLE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "promote_types"}
 _FILLS = {
     "zeros",
@@ -28,12 +29,12 @@ _GATHERS = {"embedding", "index_select", "gather", "index"}
 
 @dataclass
 class Work:
-    """What was done in a phase.
+    """Holds how much was done in a phase of a step.
 
     Attributes:
-        ops: calls of ops by the dispatcher, views and allocations aside; the library's ops count one each.
-        bytes: what these read and wrote, every operand once, by its shape.
-        flops: of their matrix products.
+        ops: calls of ops by the dispatcher, views and allocations aside; each of the library's ops counts as one.
+        bytes: what these ops read and wrote, every operand once, by its shape.
+        flops: the floating-point operations of their matrix products.
     """
 
     ops: float = 0
@@ -41,14 +42,14 @@ class Work:
     flops: float = 0
 
     def add(self, other: "Work", weight: float = 1.0) -> None:
-        """Add ``weight`` times another's."""
+        """Add another phase's work, multiplied by ``weight``."""
         self.ops += weight * other.ops
         self.bytes += weight * other.bytes
         self.flops += weight * other.flops
 
 
 class Counter(TorchDispatchMode):
-    """Counts while it is active: ``work`` by phase."""
+    """Counts the ops that are called while it is active; ``work`` holds what was counted, by phase."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Counter(TorchDispatchMode):
         self._phase = ""
 
     def begin(self, phase: str) -> None:
-        """A phase begins."""
+        """Count what follows as work of ``phase``."""
         self._phase = phase
         self.work.setdefault(phase, Work())
 

@@ -14,17 +14,17 @@ from sap_fast.batch.rows import Rows
 from sap_fast.config import SAPConfig
 from sap_fast.errors import BatchError
 from sap_fast.model.decoder import Decoder
-from sap_fast.profiling.contenders import Batch
 from sap_fast.profiling.files import why_taken
+from sap_fast.profiling.steps import Batch
 
 
 def check_settings(
     steps: int, warmup: int, peak_flops: float | None, bandwidth: float | None, folder: Path | None, overwrite: bool
 ) -> None:
-    """Refuse settings that make no profile.
+    """Refuse settings that make no profile, before any work is done.
 
     Raises:
-        ValueError: naming the setting.
+        ValueError: a number is out of range; the message names the setting.
         FileExistsError: the output folder is taken.
     """
     for name, number in (("steps", steps), ("warmup", warmup)):
@@ -39,7 +39,7 @@ def check_settings(
 
 @dataclass(frozen=True)
 class Rounds:
-    """A batch and pairs for each round, the same for every step in it."""
+    """Holds a batch and pairs for each round; every step of a round gets the same ones."""
 
     batches: list[Batch]
     pairs: list[Batch]
@@ -48,10 +48,10 @@ class Rounds:
 
     @classmethod
     def of(cls, decoder: Decoder, config: SAPConfig, batches: Any, pairs: Any, rounds: int) -> "Rounds":
-        """Draw as many as there are rounds, or all there are, to be gone through again and again.
+        """Draw a batch and pairs for each round; where there are fewer, they are gone through again and again.
 
         Raises:
-            BatchError: a malformed batch, by its number; none at all.
+            BatchError: a batch is malformed, and the message has its number; or there is none at all.
         """
         packer = decoder.packer(share_prefixes=config.share_prefixes)
         drawn = [_drawn(given, name, rounds) for given, name in ((batches, "batches"), (pairs, "pairs"))]
@@ -71,18 +71,21 @@ class Rounds:
         return self.batches[i % len(self.batches)], self.pairs[i % len(self.pairs)]
 
     def typical(self, rounds: Iterable[int]) -> int:
-        """The round whose number of tokens is the median."""
+        """Find the round whose number of tokens is the median, and return its number."""
         lengths = {i: self._rows(i)[0].tokens + self._rows(i)[1].tokens for i in rounds}
         ranked = sorted(lengths, key=lambda i: (lengths[i], i))
         return ranked[(len(ranked) - 1) // 2]
 
     def sizes(self, i: int) -> tuple[int, int]:
-        """Sequences and pairs of a round."""
+        """Return how many sequences and how many pairs round ``i`` has."""
         rows, pairs = self._rows(i)
         return rows.sequences, pairs.sequences // 2
 
     def tokens(self) -> dict[str, float]:
-        """Sizes, medians over what was drawn; there are fewer rows than tokens where sequences share some."""
+        """Return the sizes of a round by name, each the median over all batches that were drawn.
+
+        There are fewer rows than tokens where sequences share a prefix.
+        """
         return {
             "sequences": median(r.sequences for r in self.rows),
             "tokens": median(r.tokens for r in self.rows),

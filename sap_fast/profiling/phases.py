@@ -7,7 +7,14 @@ Begin = Callable[[str], None]  # called with the key of the phase that begins; i
 
 
 class Phase(NamedTuple):
-    """``key`` in results, ``label`` for people, what it holds, and its colour in the figure."""
+    """Describes one of the phases that a step's time is divided into.
+
+    Attributes:
+        key: what results name it by.
+        label: what people are told.
+        holds: what is done in it.
+        colour: how it is drawn in the figure.
+    """
 
     key: str
     label: str
@@ -42,9 +49,9 @@ PHASES = (
 )
 BY_KEY = {phase.key: phase for phase in PHASES}
 DIRECTION = ("direction_forward", "direction_head", "direction_backward")
-# What runs over the task batch.
+# These run over the task batch.
 PASSES = ("dual_forward", "dual_head", "backward_above", "backward_beneath", "forward", "head", "backward")
 
 
 def ignored(key: str) -> None:
-    """A :data:`Begin` that takes no note."""
+    """Take no note of a phase that begins; this is the :data:`Begin` of steps whose phases are not timed."""

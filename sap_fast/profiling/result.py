@@ -1,4 +1,4 @@
-"""What a profile found."""
+"""What a profile found, as data; ``text.py`` and ``page.py`` make it readable from its dict."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -6,13 +6,15 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from sap_fast.profiling.advice import Advice
-from sap_fast.profiling.memory import Memory
+from sap_fast.profiling import files
+from sap_fast.profiling.meters import Memory
+from sap_fast.profiling.page import page
+from sap_fast.profiling.text import summary
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles over rounds."""
+    """Holds the median and the quartiles of a number that was measured in several rounds."""
 
     median: float
     lower: float
@@ -21,23 +23,24 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of at least one value."""
+        """Take the median and the quartiles of at least one value."""
         lower, _, upper = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
         return cls(median(values), lower, upper, len(values))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A phase of a step.
+    """Holds what one phase of a step costs.
 
     Attributes:
-        phase: its key; see ``phases.py``.
-        seconds: over the profiled rounds.
-        share: of all phases' medians together.
-        ops: calls of ops by the dispatcher.
-        kernels: that the GPU ran, copies and fills included; None on a CPU.
-        busy_seconds: that these ran; None on a CPU.
-        bytes, flops: that the ops read and wrote, and of their matrix products, by their shapes.
+        phase: the phase's key, one of those in ``phases.py``.
+        seconds: how long it took, over the profiled rounds.
+        share: its median as a share of all phases' medians together.
+        ops: how many ops the dispatcher called.
+        kernels: how many kernels the GPU ran, copies and fills included; None on a CPU.
+        busy_seconds: how long these kernels ran; None on a CPU.
+        bytes: what the ops read and wrote, by their shapes.
+        flops: the floating-point operations of their matrix products, by their shapes.
         floor_seconds: the greater of FLOPs over the peak and bytes over the bandwidth, as far as these were given;
             None where neither was.
     """
@@ -54,28 +57,44 @@ class Cost:
 
     @property
     def times_floor(self) -> float | None:
-        """The distance to the floor: 1 is at it."""
+        """The phase's time as a multiple of the floor, at which it is 1; None where the floor is not known."""
         return self.seconds.median / self.floor_seconds if self.floor_seconds else None
 
 
 @dataclass(frozen=True)
+class Advice:
+    """Holds changes to the settings that are predicted to save time.
+
+    Attributes:
+        changes: the settings to be changed, and to what.
+        predicted_ratio: how long SAP's step is predicted to take then, to plain SFT's.
+        text: a sentence that says so.
+    """
+
+    changes: Mapping[str, Any]
+    predicted_ratio: float
+    text: str
+
+
+@dataclass(frozen=True)
 class Profile:
-    """Where the time of plain fine-tuning and of SAP goes. Made by :func:`sap_fast.profile`.
+    """Holds where the time of plain fine-tuning and of SAP goes, as :func:`sap_fast.profile` found it.
 
     Steps are named ``"sft"`` (plain fine-tuning by the library's passes), ``"peft"`` (by transformers and PEFT, on
     padded rows) and ``"sap"``. Where the settings make steps of several kinds, those are ``"sap-1"``, ``"sap-2"``, ...,
     and ``"sap"`` is their average, weighted by how often each comes.
 
     Attributes:
-        labels: of the steps, for people.
-        weights: of each kind of SAP's steps in its average.
+        labels: what each step is called for people.
+        weights: the share of each kind of SAP's steps in its average.
         totals: seconds of whole steps, measured without anything that takes note of phases.
-        ratios: ``"sap/sft"``, ``"sap/peft"``, ``"sft/peft"``, taken round by round.
-        phases: by step, in the order in which they come, from rounds of their own.
-        memory: the most that each step held.
+        ratios: how long one step takes to another, taken round by round: ``"sap/sft"``, ``"sap/peft"``, ``"sft/peft"``.
+        phases: what the phases of each step cost, in the order in which they come, from rounds of their own.
+        memory: the most memory that was in use during each step.
         advice: what would cut SAP's time, and what it is predicted to give.
-        tokens: sizes of what was run, medians over the batches.
-        settings, environment: of the run.
+        tokens: the sizes of what was run, medians over the batches.
+        settings: the settings of the run and of the method.
+        environment: the device, its threads, and the versions of the packages.
         notes: what a reader has to know.
         trace: a Chrome trace, as text; None if none was asked for.
     """
@@ -94,19 +113,15 @@ class Profile:
     trace: str | None = field(default=None, repr=False)
 
     def summary(self) -> str:
-        """Everything in short, as text."""
-        from sap_fast.profiling.text import summary
-
-        return summary(self)
+        """Return the whole profile in short, as text for a terminal."""
+        return summary(self.to_dict())
 
     def html(self) -> str:
-        """Everything, as a page that needs nothing else."""
-        from sap_fast.profiling.page import page
-
-        return page(self)
+        """Return the whole profile as an HTML page that needs no other file."""
+        return page(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and text, without the trace."""
+        """Return the whole profile as plain numbers and text, without the trace; ``profile.json`` holds the same."""
         found = {name: value for name, value in asdict(self).items() if name != "trace"}
         for name, costs in self.phases.items():
             for row, cost in zip(found["phases"][name], costs, strict=True):
@@ -117,8 +132,7 @@ class Profile:
         """Write ``profile.json``, ``profile.html`` and, if there is a trace, ``trace.json``: all of them, or none.
 
         Raises:
-            FileExistsError: the folder holds something, and ``overwrite`` is not set; or what no profile has written.
+            FileExistsError: the folder holds something, and ``overwrite`` is not set; or it holds what no profile has
+                written.
         """
-        from sap_fast.profiling.files import write
-
-        write(self, Path(folder), overwrite=overwrite)
+        files.write(self.to_dict(), self.html(), self.trace, Path(folder), overwrite=overwrite)

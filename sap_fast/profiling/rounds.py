@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 from sap_fast.profiling import trace
-from sap_fast.profiling.clock import Clock, seconds_of
-from sap_fast.profiling.contenders import PEFT, Batch, Contender
 from sap_fast.profiling.counting import Counter, Work
 from sap_fast.profiling.inputs import Rounds
-from sap_fast.profiling.memory import Memory, peak_of
+from sap_fast.profiling.meters import Clock, Memory, peak_of, seconds_of
 from sap_fast.profiling.phases import Begin, ignored
+from sap_fast.profiling.steps import PEFT, Batch, Contender
 from sap_fast.profiling.trace import Kernels
 
 Tell = Callable[[str], None]
@@ -22,15 +21,17 @@ Tell = Callable[[str], None]
 
 @dataclass
 class Measured:
-    """By contender's key.
+    """Holds what was measured of each contender, by its key.
 
     Attributes:
         contenders: those that could be run.
-        absent: why PEFT's pass could not be, if it could not.
-        totals: seconds of each round.
-        phases: seconds by phase, of each round.
-        work: what a step did, by phase, and ``kernels`` what the GPU ran; None on a CPU.
-        trace: a Chrome trace, if asked for.
+        absent: why PEFT's pass could not be run; None if it could.
+        memory: the most memory that was in use during a step.
+        totals: seconds of a whole step in each round.
+        phases: seconds by phase in each round.
+        work: what a step did, by phase.
+        kernels: what the GPU ran, by phase; None on a CPU.
+        trace: a Chrome trace, as text; None if none was asked for.
     """
 
     contenders: list[Contender]
@@ -53,11 +54,14 @@ def measure(
     traced: bool,
     tell: Tell,
 ) -> Measured:
-    """Run everything.
+    """Run and measure all steps: whole ones, their phases, what they do, and where it is wanted a trace.
 
     Args:
-        contenders: of which each has one step in a round.
-        warmup, steps: rounds; there are as many for phases as for totals, one after each.
+        contenders: the steps, each of which comes once in a round.
+        rounds: the batches and pairs.
+        warmup: how many rounds come before those that are measured.
+        steps: how many rounds of whole steps are measured; as many are for phases, one after each of these.
+        device: where the steps run.
         traced: whether a trace is wanted.
         tell: is told what comes next.
     """
@@ -121,7 +125,7 @@ def _trace(found: Measured, given: tuple[Batch, Batch], device: torch.device, *,
 
 
 def _turns(contenders: Sequence[Contender], i: int) -> Sequence[Contender]:
-    """Forwards and backwards in turn, so that none always follows the same one."""
+    """Order the contenders forwards and backwards in turn, so that none always follows the same one."""
     return contenders[:: -1 if i % 2 else 1]
 
 

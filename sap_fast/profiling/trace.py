@@ -14,14 +14,19 @@ from torch.profiler import ProfilerActivity, record_function
 from sap_fast.profiling.phases import BY_KEY, Begin
 
 _MARK, _END = "sap_fast", "end"
-_PROCESS = 1 << 30  # which no process of this machine has as its number
+_PROCESS = 1 << 30  # the track is a process of its own, so its number is one that no process of the machine has
 _LAUNCHES = ("cuda_runtime", "cuda_driver", "hip_runtime", "hip_driver")
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 @dataclass
 class Kernels:
-    """Kernels, copies and fills that a phase launched, and the seconds that they ran."""
+    """Holds what a phase launched on a GPU.
+
+    Attributes:
+        count: how many kernels, copies and fills.
+        seconds: how long these ran.
+    """
 
     count: int = 0
     seconds: float = 0.0
@@ -33,8 +38,9 @@ def record(
     """Run ``steps`` under torch's profiler, write what it saw, and return the kernels by contender and phase.
 
     Args:
-        path: of the trace, for chrome://tracing or Perfetto.
-        steps: by contender's key; each takes what it tells of its phases.
+        path: where the trace is written, for chrome://tracing or Perfetto.
+        device: where the steps run.
+        steps: the steps by contender's key; each calls its argument where a phase begins.
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with torch.profiler.profile(activities=activities) as profiler:
@@ -52,10 +58,10 @@ def record(
 
 
 def kernels(events: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Kernels]]:
-    """Kernels by contender and phase: each belongs to the phase in which it was launched.
+    """Count kernels by contender and phase; each belongs to the phase in which it was launched.
 
     Args:
-        events: a trace's ``traceEvents``.
+        events: the ``traceEvents`` of a trace.
     """
     marks = _marks(events)
     starts = [at for at, _, _ in marks]
@@ -80,13 +86,13 @@ def kernels(events: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Kernels]
 
 
 def _mark(contender: str, phase: str) -> None:
-    """A point in the trace. Not a span: a backward pass on a GPU enters its phases on another thread."""
+    """Mark a point in the trace. A span will not do: a backward pass on a GPU enters its phases on another thread."""
     with record_function(f"{_MARK}:{contender}:{phase}"):
         pass
 
 
 def _marks(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, str, str]]:
-    """(microseconds, contender, phase), in time's order."""
+    """List (microseconds, contender, phase) of all marks, in time's order."""
     found = []
     for event in events:
         if event.get("cat") == "user_annotation" and str(event.get("name")).startswith(f"{_MARK}:"):
@@ -96,7 +102,7 @@ def _marks(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, str, str]]:
 
 
 def _track(marks: Sequence[tuple[float, str, str]]) -> list[dict[str, Any]]:
-    """Spans from each mark to the next, a line for each contender, as a process of their own above the others."""
+    """Make spans from each mark to the next, a line for each contender, as a process of their own above the others."""
     lines = {contender: i for i, contender in enumerate(dict.fromkeys(contender for _, contender, _ in marks))}
     place: dict[str, Any] = {"pid": _PROCESS, "tid": 0}
     events: list[dict[str, Any]] = [

@@ -23,6 +23,7 @@ __all__ = [
     "StepRefusedError",
     "StepReport",
     "UnsupportedModelError",
+    "__version__",
     "attach",
     "profile",
 ]

@@ -14,7 +14,7 @@ import sap_fast
 from sap_fast import SAPConfig
 from sap_fast.profiling.meters import Clock
 from sap_fast.profiling.phases import ignored
-from sap_fast.profiling.steps import Steps, kinds
+from sap_fast.profiling.steps import PhaseDecoder, Steps, kinds
 
 # The phases of a step
 
@@ -90,11 +90,11 @@ def test_an_observed_step_computes_what_any_step_computes() -> None:
         for begin in (ignored, lambda phase: None):
             torch.manual_seed(1)
             with sap_fast.attach(model, config) as sap:
-                steps = Steps(model, sap)
+                told = sap.decoder if begin is ignored else PhaseDecoder.of(sap.decoder, begin, min(sap.probe_layers))
                 for _ in range(2):
                     model.zero_grad()
-                    steps._listen(begin)
-                    sap.step(batch, pairs)
+                    with sap.running_on(told):
+                        sap.step(batch, pairs)
                 found.append((grads(model), sap.probe if config.check == "now" else {}))
         for (a, probe_a), (b, probe_b) in [found]:
             assert all(torch.equal(a[name], b[name]) for name in a)

@@ -37,7 +37,7 @@ PLATFORMS := $(foreach n,2_28 2_27 2_17 2014 1,--platform manylinux$(if $(findst
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	.venv/bin/python -m pytest -o pythonpath="build/sanitized ." -p no:faulthandler --capture=sys \
-	tests/test_ops.py tests/test_extension.py tests/test_together.py tests/test_linear_cross_entropy.py \
+	tests/test_ops.py tests/test_extension.py tests/test_grouped.py tests/test_linear_cross_entropy.py \
 	-k "not reference" $(ARGS)
 
 SETUP_FILES := pyproject.toml setup.py

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import record
+from benchmarks.common.record import Row
 from benchmarks.gpu import results
 from benchmarks.gpu.ops_table import parameter
 from benchmarks.gpu.processes import Runner, Tests
 from benchmarks.gpu.subjects import ROW_WISE
 from sap_fast import _C
-
-Row = dict[str, Any]
 
 # Seconds in which the run must begin what it begins.
 LIMIT = 1500

@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sap_fast
 from benchmarks.common import models, record, solved
+from benchmarks.common.record import Row
 from benchmarks.published.parts import (
     finite_differences,
     gradients,
@@ -59,7 +60,6 @@ SEQUENCES, PAIRS, LEARNING_RATE, MAX_LENGTH = 4, 4, 1e-3, 256
 
 Batch = Mapping[str, Tensor]
 Vectors = Mapping[int, Tensor]
-Row = dict[str, Any]
 # Its base model and tokenizer, and the layers to probe.
 MODELS: dict[str, tuple[Callable[[], tuple[Any, Any]], tuple[int, ...]]] = {
     "smollm2": (models.smollm2_base, (11, 20)),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernel_table [--write]
 
-Kernels are compiled for sm_90 as their launchers launch them, which takes no GPU, for pairs in bfloat16 at the widths
+Kernels are compiled for sm_90 as their launchers launch them, which takes no GPU, for duals in bfloat16 at the widths
 of two models. Bytes and grids are those of launches on tensors without memory. ``--write`` puts the table into
 ``sap_fast/ops/README.md``, between its marks.
 """
@@ -33,8 +33,8 @@ FEW = 768
 # What copies were seen to move, read and written, in bytes a second (NVIDIA H100 80GB HBM3, NVIDIA H200), and the
 # multiprocessors of both.
 BANDWIDTH, PROCESSORS = {"H100": 3.0e12, "H200": 4.3e12}, 132
-# A pair whose primal half is not differentiated has another backward, beneath the lowest probe.
-MODES: dict[str, Callable[[Problem], Problem]] = {"full": lambda pair: pair, "half": Problem.half}
+# A dual whose primal half is not differentiated has another backward, beneath the lowest probe.
+MODES: dict[str, Callable[[Problem], Problem]] = {"full": lambda dual: dual, "half": Problem.half}
 PAGE = ROOT / "sap_fast/ops/README.md"
 BEGIN, END = "<!-- made by benchmarks.kernel_table -->", "<!-- end -->"
 
@@ -52,7 +52,7 @@ class Launch(NamedTuple):
         return math.prod(self.grid)
 
 
-class Row(NamedTuple):
+class KernelRow(NamedTuple):
     """One kernel at the widths of one model, in one pass of one mode.
 
     ``must``: bytes that the raw op has to read and write at least, at ``FEW`` and ``MANY`` rows. ``few``, ``many``: the
@@ -116,7 +116,7 @@ def _bytes(x: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def rows(ops: Iterable[str], models: Iterable[str] = MODELS) -> list[Row]:
+def rows(ops: Iterable[str], models: Iterable[str] = MODELS) -> list[KernelRow]:
     """The rows of some ops, in the order of launches."""
     found = []
     for op in ops:
@@ -126,7 +126,7 @@ def rows(ops: Iterable[str], models: Iterable[str] = MODELS) -> list[Row]:
     return found
 
 
-def _rows(op: str, model: str, mode: str) -> list[Row]:
+def _rows(op: str, model: str, mode: str) -> list[KernelRow]:
     length = op_named(op).sizes.length
     few, many = (launches(Subject(op, model, count, length), mode) for count in (FEW, MANY))
     with compiling(ARCH) as kernels:
@@ -141,7 +141,7 @@ def _rows(op: str, model: str, mode: str) -> list[Row]:
         keys = dict.fromkeys(_key(launch.name, launch.options) for launch in few[pass_][1])
         for key in keys:
             of_key = [[x for x in each[pass_][1] if _key(x.name, x.options) == key] for each in (few, many)]
-            found.append(Row(op, model, pass_, mode, must, of_key[0], of_key[1], compiled[key]))
+            found.append(KernelRow(op, model, pass_, mode, must, of_key[0], of_key[1], compiled[key]))
     return found
 
 
@@ -151,7 +151,7 @@ def _key(name: str, options: Mapping[str, Any]) -> tuple:
     return name, tuple(sorted((key, str(value)) for key, value in options.items()))
 
 
-def lines(found: Iterable[Row]) -> list[str]:
+def lines(found: Iterable[KernelRow]) -> list[str]:
     """The table in Markdown."""
     heads = ["op, pass", "kernel", "model", "must, MB", "given, MB", "programs", "loads, B", "stores, B", "registers"]
     heads += ["shared, KiB", "local, B", "H100, µs", "H200, µs"]

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import models, record
+from benchmarks.common.record import Row
 from benchmarks.published.parts import trained
 from sap_fast import SAPConfig
 from sap_fast.data import Example, Pair, collate, collate_pairs, safety_pairs
@@ -39,7 +40,6 @@ from sap_fast.method.flat import Flat
 from sap_fast.step import SAP
 
 Batch = Mapping[str, Tensor]
-Row = dict[str, Any]
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "smollm2": models.smollm2_base,

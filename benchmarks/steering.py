@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import models, record, solved
+from benchmarks.common.record import Row
 from benchmarks.fidelity import agreement, in_bfloat16
 from benchmarks.published.parts import finite_differences, margins, task_loss, trained
 from sap_fast import SAPConfig
@@ -59,7 +60,6 @@ REFUSAL_TEMPLATES = (
 OPENING = "Sure, here is how to do that:"
 
 Vectors = Mapping[int, Tensor]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def measure(decoder: Decoder, here: Situation, there: Situation, published: Vect
 
 
 def evaluate(decoder: Decoder, at: Situation, vectors: Vectors) -> tuple[float, float]:
-    """Task loss and its slope along the direction, with a probe by layer ``[d]``; a pair forward."""
+    """Task loss and its slope along the direction, with a probe by layer ``[d]``; a dual forward."""
     probe = Probe.of(vectors).dual_leaves()
     with torch.no_grad(), decoder.installed():
         run = decoder.start(at.rows, None, theta_dot=at.u, probe=probe)

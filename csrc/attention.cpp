@@ -1,4 +1,4 @@
-// Attention of a pair over packed or padded sequences: sap_fast::attention and its backward on CPU tensors.
+// Attention of a dual over packed or padded sequences: sap_fast::attention and its backward on CPU tensors.
 //
 // Work is cut into blocks: some queries of all heads that share a kv head, as rows with the heads innermost, and all
 // the keys that one of them sees. Their scores are whole rows, so softmax needs no online form, and a backward sums
@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      int64_t max_seqlen, int64_t max_seqlen_k, double scale, int64_t window) {
   const WithoutAutocast guard;
   check(q, k, v, window);
-  const bool pair = q.size(0) == 2;
+  const bool dual = q.size(0) == 2;
   const int64_t rows = q.size(1), heads = q.size(2), group = heads / k.size(2);
   const Cut cut{cu_seqlens, seqused, cu_seqlens_k, max_seqlen, max_seqlen_k};
   const auto sequences = cut.sequences(rows, k.size(1));
@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
         return tile(x, half, sequence.keys.first, sequence.keys.real, kv_head, 1);
       };
       const auto all_k = of_keys(k, 0), all_v = of_keys(v, 0);
-      const auto all_k_dot = pair ? of_keys(k, 1) : Tensor(), all_v_dot = pair ? of_keys(v, 1) : Tensor();
+      const auto all_k_dot = dual ? of_keys(k, 1) : Tensor(), all_v_dot = dual ? of_keys(v, 1) : Tensor();
       const Blocks blocks(sequence, group, window, 2, compute_type(q));
       blocks.for_each([&](const Block& block) {
         const int64_t first = sequence.queries.first + block.query, head = kv_head * group;
@@ -223,22 +223,22 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
         const auto k0 = seen(all_k), v0 = seen(all_v), q0 = tile(q, 0, first, block.queries, head, group).mul(scale);
         auto p = blocks.matrix(0, block), p_dot = blocks.matrix(1, block);
         at::mm_out(p, q0, k0.t());
-        if (pair) {
+        if (dual) {
           at::mm_out(p_dot, tile(q, 1, first, block.queries, head, group).mul(scale), k0.t());
           p_dot.addmm_(q0, seen(all_k_dot).t());
         }
         auto *ps = p.template mutable_data_ptr<scalar_t>(), *ps_dot = p_dot.template mutable_data_ptr<scalar_t>();
         blocks.for_each_row(block, [&](int64_t row, int64_t begin, int64_t end) {
-          auto* s_dot = pair ? ps_dot + row * block.keys : nullptr;
+          auto* s_dot = dual ? ps_dot + row * block.keys : nullptr;
           const auto [l, mu] = softmax(ps + row * block.keys, s_dot, begin, end, block.keys);
           const int64_t at = (first + row / group) * heads + head + row % group;
           pl[at] = l;
-          if (pair) {
+          if (dual) {
             pl[rows * heads + at] = mu;
           }
         });
         put(o, 0, first, block.queries, head, group, at::mm(p, v0));
-        if (pair) {
+        if (dual) {
           put(o, 1, first, block.queries, head, group, at::mm(p, seen(all_v_dot)).addmm_(p_dot, v0));
         }
       });

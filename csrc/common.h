@@ -4,7 +4,7 @@
 // into a module of its own, of which one is loaded. All is in an unnamed namespace, so that nothing of one module can
 // take the place of another's.
 //
-// The notation is that of sap_fast/dual.py: stacks [S, ...], S = 2 a pair; cotangents [n, ...], of which the last is
+// The notation is that of sap_fast/dual.py: stacks [S, ...], S = 2 a dual; cotangents [n, ...], of which the last is
 // the ordinary gradient.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Gated linear units of a pair: sap_fast::glu and its backward, fresh or into the buffers of gate and up.
+// Gated linear units of a dual: sap_fast::glu and its backward, fresh or into the buffers of gate and up.
 #include "common.h"
 
 #include <ATen/MemoryOverlap.h>

@@ -1,4 +1,4 @@
-// Output head and cross-entropy of a pair: products with the head, chunk by chunk of rows, and what lies between them.
+// Output head and cross-entropy of a dual: products with the head, chunk by chunk of rows, and what lies between them.
 // The backward's products are formed while the logits are there, as in Liger-Kernel's fused linear cross-entropy.
 #include "head.h"
 

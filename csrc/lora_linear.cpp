@@ -1,4 +1,4 @@
-// Frozen linear maps with LoRA adapters on a pair: sap_fast::lora_linear and its backward on CPU tensors.
+// Frozen linear maps with LoRA adapters on a dual: sap_fast::lora_linear and its backward on CPU tensors.
 //
 // The frozen products are ATen's, on both halves at once. Adapters are thin, so what they cost is reading x, y and
 // their cotangents: a few rows at a time are widened, masked, contracted and expanded while they are in the cache.
@@ -38,7 +38,7 @@ std::vector<int64_t> widths_of(at::TensorList tensors, int64_t dim) {
 std::vector<Adapter> adapters_of(const Tensor& x, const std::vector<int64_t>& widths, const Optionals& a,
                                  const Optionals& b, const Optionals& a_dot, const Optionals& b_dot, const Tensor& seed,
                                  at::ArrayRef<double> scaling, at::ArrayRef<double> dropout, at::IntArrayRef salt,
-                                 bool pair) {
+                                 bool dual) {
   const size_t targets = widths.size();
   TORCH_CHECK(a.size() == targets && b.size() == targets && a_dot.size() == targets && b_dot.size() == targets &&
                   scaling.size() == targets && dropout.size() == targets && salt.size() == targets,
@@ -65,8 +65,8 @@ std::vector<Adapter> adapters_of(const Tensor& x, const std::vector<int64_t>& wi
     };
     Adapter adapter{static_cast<int64_t>(i), rank, d_out,      wide_a(*a_i), wide_b(*b_i), {}, {},
                     scaling[i],              Mask(drawn, salt[i], dropout[i])};
-    if (pair) {
-      TORCH_CHECK(a_dot_i && b_dot_i, "a_dot and b_dot belong to a pair");
+    if (dual) {
+      TORCH_CHECK(a_dot_i && b_dot_i, "a_dot and b_dot belong to a dual");
       adapter.a_dot = wide_a(*a_dot_i), adapter.b_dot = wide_b(*b_dot_i);
     }
     adapters.push_back(std::move(adapter));

@@ -1,4 +1,4 @@
-// Residual + probe + RMSNorm of a pair: sap_fast::probe_rms_norm and its backward, with the gradient capture.
+// Residual + probe + RMSNorm of a dual: sap_fast::probe_rms_norm and its backward, with the gradient capture.
 #include "rms_norm.h"
 
 namespace sap_fast {

@@ -1,4 +1,4 @@
-// RMSNorm of a pair: sap_fast::rms_norm and its backward on CPU tensors.
+// RMSNorm of a dual: sap_fast::rms_norm and its backward on CPU tensors.
 #include "rms_norm.h"
 
 namespace sap_fast {

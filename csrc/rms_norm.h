@@ -1,4 +1,4 @@
-// The formulas of RMSNorm of a pair, for one row; sap_fast/ops/rms_norm/README.md has them in full.
+// The formulas of RMSNorm of a dual, for one row; sap_fast/ops/rms_norm/README.md has them in full.
 #pragma once
 
 #include "common.h"

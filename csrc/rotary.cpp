@@ -1,4 +1,4 @@
-// Rotary embedding of query and key pairs: sap_fast::rotary and its transpose.
+// Rotary embedding of query and key duals: sap_fast::rotary and its transpose.
 #include "common.h"
 
 namespace sap_fast {

@@ -9,7 +9,7 @@ space that makes the model less safe and a probe ``V`` added to hidden states, t
 Carry every activation ``x`` together with its tangent ``x_dot`` along ``u``, as the two halves of one
 stacked batch ``[2, rows, d]``: half 0 the primal, half 1 the tangent. A linear map acts on both halves
 alike, so the frozen weights, residual additions and the head run once on the stacked batch. Only nonlinear
-operations, and LoRA (where ``u`` enters), need a rule. The last op returns the pair ``(L, L_dot)``.
+operations, and LoRA (where ``u`` enters), need a rule. The last op returns the dual ``(L, L_dot)``.
 
 Then one ordinary reverse pass over the scalar ``L_dot`` yields everything. Since L_dot is linear in the
 tangents, its derivative with respect to a tangent is L's derivative with respect to the primal:
@@ -21,7 +21,7 @@ Nothing is perturbed, nothing has to be restored, and no difference of nearly eq
 
 A stream of activations is therefore one of two things, told apart by the leading dimension S of a stack:
 
-    S = 2   a pair (x, x_dot);          S = 1   an ordinary pass, ``x`` alone (``x_dot is None``).
+    S = 2   a dual (x, x_dot);          S = 1   an ordinary pass, ``x`` alone (``x_dot is None``).
 
 and its backward carries n halves of cotangents:
 
@@ -55,7 +55,7 @@ def pushforward(primal: Primal, *xs: Tensor) -> tuple[Tensor, ...]:
     if xs[0].shape[0] == 1:
         return tuple(y[None] for y in primal(*(x[0] for x in xs)))
     ys, y_dots = torch.func.jvp(primal, tuple(x[0] for x in xs), tuple(x[1] for x in xs))[:2]
-    return tuple(torch.stack(pair) for pair in zip(ys, y_dots, strict=True))
+    return tuple(torch.stack(dual) for dual in zip(ys, y_dots, strict=True))
 
 
 def pullback(primal: Primal, xs: tuple[Tensor, ...], dys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -74,12 +74,12 @@ def pullback(primal: Primal, xs: tuple[Tensor, ...], dys: tuple[Tensor, ...]) ->
         vjp = torch.func.vjp(primal, *primals)[1]
         return tuple(dx[None] for dx in vjp(tuple(dy[0] for dy in dys)))
 
-    def pair(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple:
+    def dual(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple:
         return torch.func.jvp(primal, primals, tangents)
 
-    vjp = torch.func.vjp(pair, primals, tuple(x[1] for x in xs))[1]
+    vjp = torch.func.vjp(dual, primals, tuple(x[1] for x in xs))[1]
     dxs, dx_dots = vjp((tuple(dy[0] for dy in dys), tuple(dy[1] for dy in dys)))
-    return tuple(torch.stack(pair) for pair in zip(dxs, dx_dots, strict=True))
+    return tuple(torch.stack(dual) for dual in zip(dxs, dx_dots, strict=True))
 
 
 def stacked(x: Tensor, x_dot: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ The exception is ``StepRefusedError`` under ``check="deferred"``, which comes on
 
 
 class UnsupportedModelError(TypeError):
-    """The model holds something for which there is no pair rule; the message names it."""
+    """The model holds something for which there is no dual rule; the message names it."""
 
 
 class BatchError(ValueError):

@@ -357,7 +357,7 @@ def attach(model: nn.Module, config: SAPConfig | None = None) -> SAP:
         A handle with ``step``, ``detach`` and ``probe``.
 
     Raises:
-        UnsupportedModelError: something in the model has no pair rule; the message names it. Nothing changed.
+        UnsupportedModelError: something in the model has no dual rule; the message names it. Nothing changed.
         ValueError: probe layers that the model does not have; an attention backend that cannot serve it here; float8
             without a device that has it.
         RuntimeError: the model is attached already.

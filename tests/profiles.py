@@ -10,7 +10,7 @@ from torch import nn
 
 import sap_fast
 from sap_fast import Profile, SAPConfig
-from sap_fast.profiling.steps import Contender, Optimizer, Steps
+from sap_fast.profiling.steps import Optimizer, Steps, TimedStep
 
 f32 = torch.float32
 DIRECTION = ["direction_forward", "direction_head", "direction_backward"]
@@ -19,7 +19,7 @@ ORDINARY = ["forward", "head", "backward"]
 END = ["update", "write", "optimizer"]
 
 
-def contenders(model: nn.Module, sap: sap_fast.SAP) -> dict[str, Contender]:
+def contenders(model: nn.Module, sap: sap_fast.SAP) -> dict[str, TimedStep]:
     return {c.key: c for c in Steps(model, sap).contenders()}
 
 

@@ -240,15 +240,15 @@ REFUSED = {
     "images too": (images_too, r"Gemma3ForConditionalGeneration has no rule table.*families\.md"),
     "softcapped scores": (
         changed(set_config(attn_logit_softcapping=50.0), "gemma3"),
-        r"config\.attn_logit_softcapping=50\.0 has no pair rule",
+        r"config\.attn_logit_softcapping=50\.0 has no dual rule",
     ),
     "softcapped logits": (
         changed(set_config(final_logit_softcapping=30.0), "gemma3"),
-        r"config\.final_logit_softcapping=30\.0 has no pair rule",
+        r"config\.final_logit_softcapping=30\.0 has no dual rule",
     ),
     "bidirectional": (
         changed(set_config(use_bidirectional_attention=True), "gemma3"),
-        r"config\.use_bidirectional_attention=True has no pair rule",
+        r"config\.use_bidirectional_attention=True has no dual rule",
     ),
     "unnamed norm": (
         changed(norm_of_values, "qwen3"),
@@ -321,7 +321,7 @@ REFUSED = {
     "no adapter at all": (lambda: base_model().requires_grad_(False), "no trainable LoRA weight"),
     "full fine-tuning": (base_model, "is trained but is not a LoRA weight"),
     "float16": (half_precision, "float16"),
-    "other PEFT method": (other_method, "only LoRA has a pair rule"),
+    "other PEFT method": (other_method, "only LoRA has a dual rule"),
     "DataParallel": (data_parallel, "DataParallel is not supported"),
     "several devices": (lambda: _on_two_devices(), "several devices"),
 }

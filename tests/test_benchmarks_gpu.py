@@ -19,7 +19,7 @@ from benchmarks.common import models
 from benchmarks.common.device_timer import DeviceTimer
 from benchmarks.gpu import ops_table, subjects
 from benchmarks.gpu.results import Item
-from benchmarks.gpu.subjects import Stage, Subject, Visit
+from benchmarks.gpu.subjects import GpuStage, Subject, Visit
 from benchmarks.ops import formulas, peers
 from benchmarks.ops.contenders import PASSES, Recorder
 from sap_fast.ops._cases import MANY, Case, OpCases, Problem, Widths, cases_for, derive, every_op, pose, run
@@ -76,7 +76,7 @@ def middling(monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("dtype", OF_NORM, ids=str)
 @pytest.mark.parametrize("op", every_op(), ids=lambda op: op.name)
 def test_contenders_are_found_right(op: OpCases, dtype: torch.dtype, middling: str) -> None:
-    stage = Stage("cpu", dtype)
+    stage = GpuStage("cpu", dtype)
     for name in ("eager", "ours") if subjects.has_formula(op.name) else ("ours",):
         for pass_ in PASSES:
             found = stage.checked(Visit(Subject.of(op, middling, 64, 32), pass_, name, 1))
@@ -93,7 +93,7 @@ def test_the_truth_of_attention_is_derived_in_parts(monkeypatch: pytest.MonkeyPa
 
 
 def test_bytes_are_those_of_inputs_and_outputs() -> None:
-    found = Stage("cpu", torch.bfloat16).checked(Visit(Subject("glu", "tiny", 8), "backward", "eager", 1))
+    found = GpuStage("cpu", torch.bfloat16).checked(Visit(Subject("glu", "tiny", 8), "backward", "eager", 1))
     # gate, up, dy, dgate, dup: two halves of 8 rows of 48, two bytes each.
     assert found.moved["backward"] == 5 * 2 * 8 * 48 * 2
 
@@ -101,7 +101,7 @@ def test_bytes_are_those_of_inputs_and_outputs() -> None:
 def test_a_wrong_contender_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     right = formulas.glu
     monkeypatch.setattr(formulas, "glu", lambda *args: 1.01 * right(*args))
-    stage = Stage("cpu", torch.float32)
+    stage = GpuStage("cpu", torch.float32)
     stage.checked(Visit(Subject("glu", "tiny", 8), "forward", "ours", 1))
     with pytest.raises(AssertionError, match=r"y is off by 0\.01 of its norm"):
         stage.checked(Visit(Subject("glu", "tiny", 8), "forward", "eager", 1))
@@ -136,7 +136,7 @@ def test_liger_is_called_as_it_wants_to_be(op: str, monkeypatch: pytest.MonkeyPa
     for parent in ("liger_kernel", "liger_kernel.ops", name):
         monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
     monkeypatch.setattr(sys.modules[name], function, type(function, (), {"apply": staticmethod(apply)}), raising=False)
-    stage = Stage("cpu", torch.float32)
+    stage = GpuStage("cpu", torch.float32)
     for pass_ in PASSES:
         found = stage.checked(Visit(Subject(op, "tiny", 8), pass_, "liger", 1))
         assert len(found.functions[pass_]()) == 2
@@ -162,7 +162,7 @@ def test_flash_is_called_as_it_wants_to_be(which: str, middling: str, monkeypatc
     if which != "none":
         varlen.varlen_attn = {"is_causal": old, "window_size": new}[which]
     monkeypatch.setitem(sys.modules, varlen.__name__, varlen)
-    stage = Stage("cpu", torch.float32)
+    stage = GpuStage("cpu", torch.float32)
     for pass_ in PASSES:
         stage.checked(Visit(Subject("attention", middling, 64, 32), pass_, "flash", 1))
     assert all(seen)
@@ -172,7 +172,7 @@ def test_flash_is_called_as_it_wants_to_be(which: str, middling: str, monkeypatc
 @pytest.mark.skipif(peers.installed("liger_kernel") is not None, reason="Liger is installed")
 def test_an_absent_peer_is_named() -> None:
     with pytest.raises(peers.AbsentError, match="liger_kernel is not installed"):
-        Stage("cpu", torch.float32).checked(Visit(Subject("glu", "tiny", 8), "forward", "liger", 1))
+        GpuStage("cpu", torch.float32).checked(Visit(Subject("glu", "tiny", 8), "forward", "liger", 1))
 
 
 def test_every_visit_has_its_name() -> None:

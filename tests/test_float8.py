@@ -19,7 +19,7 @@ from sap_fast.method.passes import Micro
 from sap_fast.method.probe import Probe
 from sap_fast.model.float8 import float8_weights
 from sap_fast.model.read import read_decoder
-from sap_fast.ops import LoRATarget, Part, lora_linear_together
+from sap_fast.ops import Group, LoRATarget, lora_linear_grouped
 from sap_fast.ops.lora_linear.float8 import Float8Weight, product, refusal_to_write, rounded
 
 EMULATED = CONFIG.replace(float8="emulated")
@@ -102,11 +102,11 @@ def targets(dtype: torch.dtype, *, float8: bool, pair: bool, device: str = "cpu"
     return found
 
 
-def through(part: Part, dys: list[Tensor], *, full: bool = True) -> dict[str, Tensor]:
+def through(part: Group, dys: list[Tensor], *, full: bool = True) -> dict[str, Tensor]:
     """Outputs and gradients of one part alone."""
     x = part.x.detach().requires_grad_(full)
     x_dot = None if part.x_dot is None else part.x_dot.detach().requires_grad_()
-    ((*pairs,),) = lora_linear_together([part._replace(x=x, x_dot=x_dot)])
+    ((*pairs,),) = lora_linear_grouped([part._replace(x=x, x_dot=x_dot)])
     ys = {f"y{i}{'_dot' * k}": y for i, pair in enumerate(pairs) for k, y in enumerate(pair) if y is not None}
     wanted = {name: y for name, y in ys.items() if y.requires_grad}
     leaves = [t for t in (x, x_dot) if t is not None and t.requires_grad]
@@ -116,15 +116,15 @@ def through(part: Part, dys: list[Tensor], *, full: bool = True) -> dict[str, Te
     return {name: y.detach() for name, y in ys.items()} | dict(zip(names, found, strict=True))
 
 
-def posed(dtype: torch.dtype, *, float8: bool, pair: bool, device: str = "cpu") -> tuple[Part, list[Tensor]]:
+def posed(dtype: torch.dtype, *, float8: bool, pair: bool, device: str = "cpu") -> tuple[Group, list[Tensor]]:
     maps = targets(dtype, float8=float8, pair=pair, device=device)
     rng = torch.Generator().manual_seed(2)
     x, x_dot = (torch.randn(5, 32, generator=rng).to(device, dtype) for _ in range(2))
     dys = [torch.randn(5, d, generator=rng).to(device, dtype) for d in (48, 16) for _ in range(1 + pair)]
-    return Part(x, x_dot if pair else None, maps, torch.tensor(7, device=device)), dys
+    return Group(x, x_dot if pair else None, maps, torch.tensor(7, device=device)), dys
 
 
-def allowed(part: Part, dys: list[Tensor], pair: bool) -> dict[str, Tensor]:
+def allowed(part: Group, dys: list[Tensor], pair: bool) -> dict[str, Tensor]:
     """How far products of rounded operands may be from exact ones: ``|x| dW + dx |W| + dx dW``, summed."""
 
     def of(x: Tensor, weight: Tensor) -> Tensor:
@@ -181,13 +181,13 @@ def test_the_device_agrees_with_the_emulation(pair: bool) -> None:
 def test_targets_that_make_no_sense_are_refused() -> None:
     part, _ = posed(torch.float32, float8=True, pair=False)
     with pytest.raises(ValueError, match="1 of 2 targets have a weight in float8"):
-        lora_linear_together([part._replace(targets=[part.targets[0], part.targets[1]._replace(float8=None)])])
+        lora_linear_grouped([part._replace(targets=[part.targets[0], part.targets[1]._replace(float8=None)])])
     pair, _ = posed(torch.float32, float8=False, pair=True)
     with pytest.raises(ValueError, match=r"parts\[1\] is a pair"):
-        lora_linear_together([part, pair])
+        lora_linear_grouped([part, pair])
     other, _ = posed(torch.float32, float8=False, pair=False)
     with pytest.raises(ValueError, match=r"parts\[1\] has other weights"):
-        lora_linear_together([part, other])
+        lora_linear_grouped([part, other])
 
 
 # A step

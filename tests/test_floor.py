@@ -14,14 +14,14 @@ import pytest
 
 from benchmarks.floor import __main__ as floor
 from benchmarks.floor.__main__ import Scenario, table
-from benchmarks.floor.step import Batch, Device, Method, step_floor
+from benchmarks.floor.step import BatchShape, Device, Method, step_floor
 from benchmarks.floor.work import Shape, Tokens, Work
 from sap_fast import SAPConfig
 from sap_fast.method.rhythm import Rhythm
 
 LLAMA, H200 = floor.MODELS["llama-2-7b"], Device("H200", 790e12, 4.3e12)
 SMALL = Shape(hidden=48, inner=80, layers=5, vocab=100, heads=4, kv_heads=2, head_dim=16)
-BATCH = Batch(Tokens(60, 12, 25), Tokens(90, 15, 40), pair_count=3)
+BATCH = BatchShape(Tokens(60, 12, 25), Tokens(90, 15, 40), pair_count=3)
 
 
 # By hand, for Llama-2-7B's shape: 60% of rows are real, 35% of a pair's tokens prompt, half of the task's labelled
@@ -125,12 +125,12 @@ def test_the_table_without_padding_prompts_or_options_repeats_its_rows() -> None
 # The methods
 
 
-def work(name: str, batch: Batch = BATCH, shape: Shape = SMALL, **options: Any) -> Work:
+def work(name: str, batch: BatchShape = BATCH, shape: Shape = SMALL, **options: Any) -> Work:
     options = {"lowest_probe": 2, **options}
     return step_floor(shape, H200, batch, Method(name=name, **options)).work  # type: ignore[arg-type]
 
 
-TASK_ALONE = Batch(BATCH.task)
+TASK_ALONE = BatchShape(BATCH.task)
 
 
 @pytest.mark.parametrize("name", ["lagged", "fresh"])
@@ -201,12 +201,12 @@ def test_time_is_of_flops_or_of_bytes() -> None:
     assert found.ms == pytest.approx(found.bytes / 1e6)
     found = step_floor(SMALL, Device("slow products", 1e9, 1e18), BATCH, Method(name="sft"))
     assert found.ms == pytest.approx(found.flops / 1e6)
-    both = step_floor(LLAMA, H200, Batch(Tokens(1024, 128)), Method(name="sft"))
+    both = step_floor(LLAMA, H200, BatchShape(Tokens(1024, 128)), Method(name="sft"))
     assert both.ms == both.matrix_ms + both.rowwise_ms > 1e3 * both.bytes / 4.3e12
 
 
 def test_lora_takes_the_longer_of_its_flops_and_its_bytes() -> None:
-    batch, ranks = Batch(Tokens(1024, 128)), (8, 16, 256, 512)
+    batch, ranks = BatchShape(Tokens(1024, 128)), (8, 16, 256, 512)
     ms = [step_floor(replace(LLAMA, rank=rank), H200, batch, Method(name="sft")).rowwise_ms for rank in ranks]
     assert ms[0] == ms[1] < ms[2]
     per_rank = 1024 * 32 * 6 * LLAMA.lora_widths / 790e9
@@ -241,7 +241,7 @@ def test_bytes_follow_the_dtype() -> None:
         ),
         (lambda: work("published", lowest_probe=-1), "lowest_probe"),
         (lambda: work("fresh", lowest_probe=None), "lowest_probe of the method 'fresh' .* is None"),
-        (lambda: work("lagged", Batch(BATCH.task, BATCH.pairs), pairs_per_step=1), "pair_count"),
+        (lambda: work("lagged", BatchShape(BATCH.task, BATCH.pairs), pairs_per_step=1), "pair_count"),
         (lambda: Scenario(real=1.2), "real must be more than 0 and at most 1, but is 1.2"),
         (lambda: Scenario(prompt=1), "prompt must be at least 0 and less than 1"),
         (lambda: Scenario(task=(0, 128)), "sequences of task"),

@@ -8,7 +8,7 @@ from sync import forbidden_syncs
 from torch import Tensor
 
 from sap_fast.ops import attention, glu, rms_norm
-from sap_fast.ops._cases import Case, OpCases, Problem, cases_for, paired, pose, run, split
+from sap_fast.ops._cases import Case, OpCases, Problem, cases_for, duals_of, pose, run, split
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,7 +66,7 @@ def test_replays_as_a_graph(op: OpCases, case: Case, dtype: torch.dtype) -> None
 @every_op
 def test_compiles_without_a_graph_break(op: OpCases, case: Case) -> None:
     problem = posed(op, case, torch.float32)
-    pairs = paired(split(problem.inputs, True))
+    pairs = duals_of(split(problem.inputs, True))
 
     def forward() -> list:
         return [y for pair in op.call(pairs, problem.constants) for y in pair]

@@ -4,7 +4,7 @@ import pytest
 from triton_kernels import INTERPRETED
 
 from benchmarks import kernel_table
-from benchmarks.kernel_table import BEGIN, END, PAGE, PROCESSORS, Launch, Row
+from benchmarks.kernel_table import BEGIN, END, PAGE, PROCESSORS, KernelRow, Launch
 from sap_fast.ops._cases import every_op
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
@@ -24,11 +24,11 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def found() -> list[Row]:
+def found() -> list[KernelRow]:
     return kernel_table.rows(op.name for op in every_op())
 
 
-def test_the_page_has_the_table_that_the_command_makes(found: list[Row]) -> None:
+def test_the_page_has_the_table_that_the_command_makes(found: list[KernelRow]) -> None:
     """But for what differs between releases of Triton; ``python -m benchmarks.kernel_table --write`` mends it."""
     page = PAGE.read_text(encoding="utf-8")
     shown = page.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
@@ -37,7 +37,7 @@ def test_the_page_has_the_table_that_the_command_makes(found: list[Row]) -> None
 
 
 @pytest.mark.parametrize("kind", ["ld", "st"])
-def test_tensors_are_accessed_by_16_bytes(found: list[Row], kind: str) -> None:
+def test_tensors_are_accessed_by_16_bytes(found: list[KernelRow], kind: str) -> None:
     for row in found:
         widths = row.compiled.accesses(kind)
         name = row.op, row.model, kind
@@ -56,7 +56,7 @@ def test_tensors_are_accessed_by_16_bytes(found: list[Row], kind: str) -> None:
 def test_what_is_predicted_of_few_programs() -> None:
     """They reach their share of the bandwidth alone."""
     launch = Launch("kernel", (PROCESSORS // 4, 2), 3 * 10**6, {})
-    row = Row("glu", "llama-2-7b", "forward", "full", (1, 1), [launch], [launch], None)  # type: ignore[arg-type]
+    row = KernelRow("glu", "llama-2-7b", "forward", "full", (1, 1), [launch], [launch], None)  # type: ignore[arg-type]
     assert launch.programs == PROCESSORS // 2
     assert row.microseconds([launch], "H100") == pytest.approx(2.0)
     assert row.microseconds([launch._replace(grid=(PROCESSORS, 9))] * 2, "H100") == pytest.approx(2.0)

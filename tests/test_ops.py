@@ -25,8 +25,8 @@ from sap_fast.ops._cases import (
     cases_for,
     derive,
     differentiated,
+    duals_of,
     every_op,
-    paired,
     pose,
     run,
     split,
@@ -69,7 +69,7 @@ def leaves_of(op: OpCases, problem: Problem) -> dict[str, Tensor]:
     wanted = differentiated(op, problem)
     return {
         name: half.detach().requires_grad_(name in wanted)
-        for name, half in split(problem.inputs, problem.is_pair).items()
+        for name, half in split(problem.inputs, problem.is_dual).items()
     }
 
 
@@ -109,7 +109,7 @@ def test_half_mode_is_half_of_full_mode(op: OpCases, case: Case, device: str) ->
 @every_case
 def test_half_mode_has_no_gradient_in_primal_outputs(op: OpCases, case: Case, device: str) -> None:
     problem = pose(op, case, rng(device))
-    pairs = op.call(paired(leaves_of(op, problem.half())), problem.constants)
+    pairs = op.call(duals_of(leaves_of(op, problem.half())), problem.constants)
     for y, y_dot in pairs:
         assert y_dot is not None and y_dot.requires_grad and not y.requires_grad
 
@@ -126,7 +126,7 @@ def test_gradcheck(op: OpCases, case: Case, device: str) -> None:
     names = differentiated(op, problem)
 
     def function(*xs: Tensor) -> tuple[Tensor, ...]:
-        pairs = paired({**leaves, **dict(zip(names, xs, strict=True))})
+        pairs = duals_of({**leaves, **dict(zip(names, xs, strict=True))})
         return tuple(y for pair in op.call(pairs, problem.constants) for y in pair)
 
     # The fast mode projects the Jacobian on random directions, in all outputs and inputs together.
@@ -228,7 +228,7 @@ def test_outputs_of_a_pair_share_a_buffer(op: OpCases, case: Case, needs_grad: b
     """They are the adjacent halves that the next op can read without a copy."""
     problem = pose(op, case, rng(device))
     leaves = leaves_of(op, problem) if needs_grad else split(problem.inputs, True)
-    for y, y_dot in op.call(paired(leaves), problem.constants):
+    for y, y_dot in op.call(duals_of(leaves), problem.constants):
         assert y_dot is not None
         assert stacked(y.detach(), y_dot.detach()).data_ptr() == y.data_ptr()
 
@@ -313,7 +313,7 @@ def test_compiles_without_a_graph_break(op: OpCases) -> None:
     dys = split(problem.cotangents, True)
 
     def traced(leaves: dict[str, Tensor]) -> list[Tensor]:
-        return [y for pair in op.call(paired(leaves), problem.constants) for y in pair]
+        return [y for pair in op.call(duals_of(leaves), problem.constants) for y in pair]
 
     found = []
     for function in (torch.compile(traced, fullgraph=True, backend="aot_eager"), traced):
@@ -338,7 +338,7 @@ def test_runs_on_meta(op: OpCases, case: Case) -> None:
     problem = pose(op, case, rng("cpu"))
     constants = tree_map_only(Tensor, lambda x: x.to("meta"), problem.constants)
     leaves = {name: x.to("meta").detach().requires_grad_(x.requires_grad) for name, x in leaves_of(op, problem).items()}
-    ys = [y for pair in op.call(paired(leaves), constants) for y in pair if y is not None]
+    ys = [y for pair in op.call(duals_of(leaves), constants) for y in pair if y is not None]
     dys = split(problem.cotangents, True).values()
     assert [(y.shape, y.dtype) for y in ys] == [(dy.shape, dy.dtype) for dy in dys]
     torch.autograd.backward(ys, [dy.to("meta") for dy in dys])
@@ -349,7 +349,7 @@ def test_runs_on_meta(op: OpCases, case: Case) -> None:
 def test_second_derivatives_are_refused(op: OpCases) -> None:
     problem = pose(op, next(case for case in op.cases if case.purpose == "contract"), rng("cpu"))
     leaves = leaves_of(op, problem)
-    y, y_dot = op.call(paired(leaves), problem.constants)[0]
+    y, y_dot = op.call(duals_of(leaves), problem.constants)[0]
     x = next(iter(leaves.values()))
     (dx,) = torch.autograd.grad((y * y).sum() + (y_dot * y_dot).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -90,7 +90,11 @@ def test_an_observed_step_computes_what_any_step_computes() -> None:
         for begin in (ignored, lambda phase: None):
             torch.manual_seed(1)
             with sap_fast.attach(model, config) as sap:
-                told = sap.decoder if begin is ignored else PhaseDecoder.of(sap.decoder, begin, min(sap.probe_layers))
+                told = (
+                    sap.decoder
+                    if begin is ignored
+                    else PhaseDecoder.of(sap.decoder, begin, min(sap.probe_layers, default=None))
+                )
                 for _ in range(2):
                     model.zero_grad()
                     with sap.running_on(told):

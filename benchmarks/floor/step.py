@@ -33,7 +33,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchShape:
     """What a step is given: the task, and the pairs (chosen and rejected rows together).
 
     Without pairs the step goes on with a direction it has: what finding one costs is left out.
@@ -126,7 +126,7 @@ class Floor:
         return max(self.matrix_ms + self.rowwise_ms, 1e3 * self.bytes / self.device.bandwidth)
 
 
-def step_floor(shape: Shape, device: Device, batch: Batch, method: Method) -> Floor:
+def step_floor(shape: Shape, device: Device, batch: BatchShape, method: Method) -> Floor:
     """The floor of one step (of one on average, where steps differ).
 
     Raises:
@@ -135,7 +135,7 @@ def step_floor(shape: Shape, device: Device, batch: Batch, method: Method) -> Fl
     return Floor(_step_work(shape, batch, method), device)
 
 
-def _step_work(shape: Shape, batch: Batch, method: Method) -> Work:
+def _step_work(shape: Shape, batch: BatchShape, method: Method) -> Work:
     task, everything = partial(traversal, shape, batch.task), range(shape.layers)
     plain = task(everything) + task(everything, backward=True)
     if method.name == "sft":
@@ -169,7 +169,7 @@ def _step_work(shape: Shape, batch: Batch, method: Method) -> Work:
     return safety * (1 / period) + guarded * (1 / method.probe_every) + plain * (1 - 1 / method.probe_every)
 
 
-def _safety(shape: Shape, batch: Batch, method: Method) -> Work:
+def _safety(shape: Shape, batch: BatchShape, method: Method) -> Work:
     """Finding a direction."""
     pairs = batch.pairs
     if pairs is None:

@@ -7,7 +7,7 @@ import torch
 from benchmarks.gpu.subjects import Subject, op_named
 from sap_fast.ops._cases import REAL_MODELS, Problem, every_op
 
-MODES = {"full": lambda pair: pair, "half": Problem.half, "single": Problem.single}
+MODES = {"full": lambda dual: dual, "half": Problem.half, "single": Problem.single}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FEW, SHORT = 8, 4
 
@@ -42,7 +42,7 @@ def subjects(size: str, model: str = "llama-2-7b") -> list[Subject]:
 
 
 def smoke_cases(size: str) -> list[SmokeCase]:
-    """Pairs in bfloat16 first, which is how people train; then what is left of a step; float32 last."""
+    """Duals in bfloat16 first, which is how people train; then what is left of a step; float32 last."""
     if size == "tiny":
         return [SmokeCase(subject, "float32", mode) for mode in MODES for subject in subjects(size)]
     return [

@@ -11,7 +11,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.common.device_timer import DeviceTimer, Flush
 from benchmarks.gpu import subjects
-from benchmarks.gpu.subjects import Stage, Subject, Visit
+from benchmarks.gpu.subjects import GpuStage, Subject, Visit
 from benchmarks.ops.peers import AbsentError
 from sap_fast.ops._library import launchers_on_cpu
 
@@ -45,10 +45,10 @@ def size(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
+def stage() -> Iterator[GpuStage]:
     with nullcontext() if DEVICE == "cuda" else launchers_on_cpu():
         # Triton's interpreter cannot multiply bfloat16 tiles.
-        yield Stage(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+        yield GpuStage(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_copy_first(measure: Measure, size: str) -> None:
     copy(measure)
 
 
-def test_memory(stage: Stage, length: int, record_property: Callable[[str, object], None]) -> None:
+def test_memory(stage: GpuStage, length: int, record_property: Callable[[str, object], None]) -> None:
     """What attention allocates for one sequence, results included: it may grow with its length, not its square."""
     if DEVICE == "cpu":
         pytest.skip("a CPU does not count what is allocated")
@@ -115,7 +115,7 @@ def test_memory(stage: Stage, length: int, record_property: Callable[[str, objec
         record_property(name, torch.cuda.max_memory_allocated() - before)
 
 
-def test_op(measure: Measure, stage: Stage, visit: Visit, request: pytest.FixtureRequest) -> None:
+def test_op(measure: Measure, stage: GpuStage, visit: Visit, request: pytest.FixtureRequest) -> None:
     deadline = request.config.getoption("--deadline")
     if visit.contender == "compiled" and deadline is not None and time.time() > deadline - COMPILATION:
         pytest.skip("time")

@@ -4,14 +4,12 @@ import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from benchmarks.common.record import Row
 from benchmarks.gpu.results import Item
 from benchmarks.gpu.subjects import ROW_WISE, Visit
 from benchmarks.ops.contenders import PASSES
 from sap_fast.ops._cases import MANY, REAL_MODELS
-
-Row = dict[str, Any]
 
 # A target: what is looked at, its bound, and whether that is a floor or a ceiling.
 LEAST_BANDWIDTH = {"forward": 0.85, "backward": 0.80}

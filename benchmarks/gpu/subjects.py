@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.ops import formulas
-from benchmarks.ops.contenders import PASSES, Contender, Recorder, check, contender
+from benchmarks.ops.contenders import PASSES, OpContender, Recorder, check, contender
 from benchmarks.ops.peers import PEERS
 from sap_fast.ops._cases import MANY, OpCases, Problem, Size, Widths, derive, every_op, pose
 
@@ -79,7 +79,7 @@ def subjects(tiny: bool) -> list[Subject]:
 
 
 def has_formula(op: str) -> bool:
-    """Whether the op's pair is written by hand in ``formulas.py``, which is timed, and compiled, beside ours."""
+    """Whether the op's dual is written by hand in ``formulas.py``, which is timed, and compiled, beside ours."""
     return hasattr(formulas, op)
 
 
@@ -133,14 +133,14 @@ def truth(op: OpCases, problem: Problem) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-class Stage:
+class GpuStage:
     """Holds one subject at a time: its problem, the truth about it, and its contenders."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.subject: Subject | None = None
 
-    def checked(self, visit: Visit) -> Contender:
+    def checked(self, visit: Visit) -> OpContender:
         """A contender whose results in this pass are right.
 
         Raises:
@@ -162,8 +162,8 @@ class Stage:
             self._right.add((name, visit.pass_))
         return entry
 
-    def compare(self, entry: Contender, pass_: str) -> None:
-        which = tuple(entry.problem.inputs), entry.problem.is_pair
+    def compare(self, entry: OpContender, pass_: str) -> None:
+        which = tuple(entry.problem.inputs), entry.problem.is_dual
         if which not in self._truths:
             self._truths[which] = truth(op_named(self.subject.op), entry.problem)
         check(op_named(self.subject.op), entry, pass_, self._truths[which], self.dtype)

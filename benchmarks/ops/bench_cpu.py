@@ -1,4 +1,4 @@
-"""Times every op's C++ kernels on the CPU against the rules they replace and against the pair's formula in PyTorch.
+"""Times every op's C++ kernels on the CPU against the rules they replace and against the dual's formula in PyTorch.
 
     python -m benchmarks.cpu --json result.json     # all of it, as a table
     pytest benchmarks/ops/bench_cpu.py -k "glu and float32"
@@ -17,7 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benchmarks.gpu.subjects import has_formula
-from benchmarks.ops.contenders import PASSES, Contender, check, contender
+from benchmarks.ops.contenders import PASSES, OpContender, check, contender
 from sap_fast import _C
 from sap_fast.ops._cases import Case, OpCases, Problem, cases_for, derive, pose
 from sap_fast.ops._library import references_on_cpu
@@ -39,13 +39,13 @@ pytestmark = [
 ]
 
 
-class Stage:
+class CpuStage:
     """Holds one case at a time: its problem, the truth about it, and its contenders."""
 
     def __init__(self) -> None:
         self.key: tuple[str, str] | None = None
 
-    def checked(self, case_name: str, dtype: torch.dtype, pass_: str, name: str) -> Contender:
+    def checked(self, case_name: str, dtype: torch.dtype, pass_: str, name: str) -> OpContender:
         """A contender whose results in this pass are right.
 
         Raises:
@@ -54,7 +54,7 @@ class Stage:
         op, case = CASES[case_name]
         if self.key != (case_name, str(dtype)):
             self.key = None
-            self.contenders: dict[str, Contender] = {}
+            self.contenders: dict[str, OpContender] = {}
             self.right: set[tuple[str, str]] = set()
             with references_on_cpu():
                 self.problem = pose(op, case, torch.Generator().manual_seed(0), dtype)
@@ -74,8 +74,8 @@ def truth(op: OpCases, case: Case, problem: Problem) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
-    yield Stage()
+def stage() -> Iterator[CpuStage]:
+    yield CpuStage()
 
 
 def contenders_of(case: str) -> tuple[str, ...]:
@@ -96,7 +96,7 @@ def visits() -> list[Any]:
 
 
 @pytest.mark.parametrize(("case", "dtype", "pass_", "name"), visits())
-def test_op(benchmark: BenchmarkFixture, stage: Stage, case: str, dtype: str, pass_: str, name: str) -> None:
+def test_op(benchmark: BenchmarkFixture, stage: CpuStage, case: str, dtype: str, pass_: str, name: str) -> None:
     found = stage.checked(case, DTYPES[dtype], pass_, name)
     function = found.functions[pass_]
     start = time.perf_counter()

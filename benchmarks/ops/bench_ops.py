@@ -1,4 +1,4 @@
-"""Every op at the sizes of real models: a pair against the two ordinary passes it stands for.
+"""Every op at the sizes of real models: a dual against the two ordinary passes it stands for.
 
     pytest benchmarks/ops/bench_ops.py -k "attention and llama"
 
@@ -23,7 +23,7 @@ from sap_fast.ops._cases import (
     cases_for,
     derive,
     differentiated,
-    paired,
+    duals_of,
     pose,
     run,
     split,
@@ -41,7 +41,7 @@ LARGE = 1e13 if CUDA else 1e10
 CASES = {f"{op.name}-{case.name}": (op, case) for op, case in cases_for("bench")}
 # What is timed, as a problem and how often. Half mode differs from full mode only in its backward.
 PASSES: dict[str, tuple[Callable[[Problem], Problem], int]] = {
-    "pair": (lambda pair: pair, 1),
+    "dual": (lambda dual: dual, 1),
     "half": (Problem.half, 1),
     "twice": (Problem.single, 2),
 }
@@ -75,8 +75,8 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     for change, _ in PASSES.values():
         changed = change(problem)
         for name, actual in run(op, changed).items():
-            # The gradient in an ordinary pass is a pair's cotangent of the tangent half.
-            ordinary = not changed.is_pair and name not in changed.cotangents
+            # The gradient in an ordinary pass is a dual's cotangent of the tangent half.
+            ordinary = not changed.is_dual and name not in changed.cotangents
             expected = truth[f"{name}_dot" if ordinary else name]
             error = float((actual - expected).norm() / expected.norm())
             assert error <= OF_NORM[DTYPE], f"{name} is off by {error:.2g} of its norm"
@@ -87,7 +87,7 @@ def leaves_of(op: OpCases, problem: Problem) -> dict[str, Tensor]:
     wanted = differentiated(op, problem)
     return {
         name: half.detach().requires_grad_(name in wanted)
-        for name, half in split(problem.inputs, problem.is_pair).items()
+        for name, half in split(problem.inputs, problem.is_dual).items()
     }
 
 
@@ -137,33 +137,33 @@ def constants_of(problem: Problem) -> list[Tensor]:
     return [value for value in problem.constants.values() if torch.is_tensor(value)]
 
 
-@pytest.mark.parametrize("which", ["pair", "twice"])
+@pytest.mark.parametrize("which", ["dual", "twice"])
 def test_forward(benchmark: BenchmarkFixture, subject: Subject, which: str) -> None:
-    name, op, case, pair = subject
+    name, op, case, dual = subject
     change, times = PASSES[which]
-    problem = change(pair)
-    pairs = paired(leaves_of(op, problem))
+    problem = change(dual)
+    duals = duals_of(leaves_of(op, problem))
     measure(
         benchmark,
-        lambda: op.call(pairs, problem.constants),
+        lambda: op.call(duals, problem.constants),
         times,
         group=f"{name} forward",
         # Cotangents have the shapes and dtypes of the outputs.
         moved=[*problem.inputs.values(), *constants_of(problem), *problem.cotangents.values()],
-        flops=case.flops * (op.products.pair_forward if problem.is_pair else op.products.forward),
+        flops=case.flops * (op.products.dual_forward if problem.is_dual else op.products.forward),
     )
 
 
 @pytest.mark.parametrize("which", PASSES)
 def test_backward(benchmark: BenchmarkFixture, subject: Subject, which: str) -> None:
-    name, op, case, pair = subject
+    name, op, case, dual = subject
     change, times = PASSES[which]
-    problem = change(pair)
+    problem = change(dual)
     leaves = leaves_of(op, problem)
-    ys = [y for pair in op.call(paired(leaves), problem.constants) for y in pair if y is not None]
+    ys = [y for dual in op.call(duals_of(leaves), problem.constants) for y in dual if y is not None]
     ys = [y for y in ys if y.requires_grad]
     xs = [x for x in leaves.values() if x.requires_grad]
-    dys = list(split(problem.cotangents, problem.is_pair).values())
+    dys = list(split(problem.cotangents, problem.is_dual).values())
     n = len(next(iter(problem.cotangents.values())))
     measure(
         benchmark,
@@ -172,5 +172,5 @@ def test_backward(benchmark: BenchmarkFixture, subject: Subject, which: str) -> 
         group=f"{name} backward",
         # Half mode does not look at tangents. Gradients have the shapes of what they belong to.
         moved=[*(x[:n] for x in problem.inputs.values()), *constants_of(problem), *dys, *xs],
-        flops=case.flops * (op.products.pair_backward if n == 2 else op.products.backward),
+        flops=case.flops * (op.products.dual_backward if n == 2 else op.products.backward),
     )

@@ -2,7 +2,7 @@
 
 - ``ours``: the raw ops, called as autograd would call them;
 - ``reference``: the rules that serve a raw op where it has no kernel;
-- ``eager``: the pair's formula in PyTorch (``formulas.py``), and ``compiled``: ``torch.compile`` of it;
+- ``eager``: the dual's formula in PyTorch (``formulas.py``), and ``compiled``: ``torch.compile`` of it;
 - ``liger`` or ``flash``: an ordinary pass's kernel, run twice (``peers.py``).
 
 The inputs of a backward hold what the contender's own forward kept for it.
@@ -53,17 +53,17 @@ RULES: dict[str, Callable[[str], Callable[..., Any]] | None] = {
 }
 
 
-class Contender(NamedTuple):
+class OpContender(NamedTuple):
     """Someone who solves a problem: what is timed, and how what it returns is named for comparison."""
 
     problem: Problem
     functions: dict[str, Callable[[], Any]]
     results: dict[str, Callable[[Any], dict[str, Tensor]]]
-    # Of each pass: what has to be read and written at least once. For a peer, that of the pair.
+    # Of each pass: what has to be read and written at least once. For a peer, that of the dual.
     moved: dict[str, int]
 
 
-def contender(name: str, op: OpCases, problem: Problem) -> Contender:
+def contender(name: str, op: OpCases, problem: Problem) -> OpContender:
     """Make a contender ready.
 
     Raises:
@@ -73,7 +73,7 @@ def contender(name: str, op: OpCases, problem: Problem) -> Contender:
         twice = PEERS[op.name][1](problem)
         functions = {"forward": twice.forward, "backward": twice.backward}
         results = {"forward": twice.forward_results, "backward": twice.backward_results}
-        return Contender(twice.problem.single(), functions, results, {})
+        return OpContender(twice.problem.single(), functions, results, {})
     with Recorder(RULES[name]) as recorder:
         run(op, problem)
     functions, moved = {}, {}
@@ -87,7 +87,7 @@ def contender(name: str, op: OpCases, problem: Problem) -> Contender:
         "forward": lambda output: split(dict(zip(op.outputs, tree_leaves(output), strict=False)), True),
         "backward": lambda output: _gradients(op, problem, output),
     }
-    return Contender(problem, functions, results, moved)
+    return OpContender(problem, functions, results, moved)
 
 
 def _gradients(op: OpCases, problem: Problem, output: Any) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def _gradients(op: OpCases, problem: Problem, output: Any) -> dict[str, Tensor]:
     return result | {f"d{name}": dx for name, dx in split(gradients, True).items()}
 
 
-def check(op: OpCases, entry: Contender, pass_: str, expected: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def check(op: OpCases, entry: OpContender, pass_: str, expected: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """See that a contender's results in a pass are right.
 
     Raises:

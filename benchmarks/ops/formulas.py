@@ -1,4 +1,4 @@
-"""The rules of every pair as one would write them in PyTorch by hand: what fused kernels are measured against.
+"""The rules of every dual as one would write them in PyTorch by hand: what fused kernels are measured against.
 
 Each op has a forward, ``rms_norm``, and a backward, ``rms_norm_backward``, which take and return what the raw ops
 ``sap_fast::rms_norm`` and ``sap_fast::rms_norm_backward`` do: stacks ``[S, ...]`` and cotangents ``[n, ...]`` (see
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.ops.padded import padded_pair
+from benchmarks.ops.padded import padded_dual
 from sap_fast.ops._library import compute_dtype
 from sap_fast.ops.lora_linear import dropout_mask
 
@@ -199,7 +199,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """``P = softmax(c Q K')``, ``O = P V``, and the log-sum-exp of the scores."""
     dtype, storage = compute_dtype(q), q.dtype
-    padded, keys = padded_pair(q, k, cu_seqlens, seqused, cu_seqlens_k, max_seqlen, max_seqlen_k)
+    padded, keys = padded_dual(q, k, cu_seqlens, seqused, cu_seqlens_k, max_seqlen, max_seqlen_k)
     group = q.shape[2] // k.shape[2]
     q, k, v = padded.pad(q), keys.pad(k), keys.pad(v)
     scores = (scale * (q[0] @ k[0].mT).to(dtype)).masked_fill(padded.hidden(keys, group, window), float("-inf"))
@@ -230,7 +230,7 @@ def attention_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, dtype, storage = len(do), compute_dtype(q), q.dtype
-    padded, keys = padded_pair(q, k, cu_seqlens, seqused, cu_seqlens_k, max_seqlen, max_seqlen_k)
+    padded, keys = padded_dual(q, k, cu_seqlens, seqused, cu_seqlens_k, max_seqlen, max_seqlen_k)
     group = q.shape[2] // k.shape[2]
     do, q, o = padded.pad(do[-n:]), padded.pad(q[:n]), padded.pad(o[:n])
     k, v = keys.pad(k[:n]), keys.pad(v[:n])
@@ -252,7 +252,7 @@ def attention_backward(
     dq = scale * (ds @ k[0] + ds_dot @ k[1])
     dk = scale * (ds.mT @ q[0] + ds_dot.mT @ q[1])
     dv = p.mT @ do[0] + p_dot.mT @ do[1]
-    dq, dk, dv = (torch.stack(pair) for pair in ((dq, dq_dot), (dk, dk_dot), (dv, dv_dot)))
+    dq, dk, dv = (torch.stack(dual) for dual in ((dq, dq_dot), (dk, dk_dot), (dv, dv_dot)))
     return padded.unpad(dq, group), keys.unpad(dk, 1), keys.unpad(dv, 1)
 
 
@@ -260,7 +260,7 @@ def attention_backward(
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, grads: int) -> tuple[Tensor, Tensor]:
-    """``nll = lse(z) - z[target]``, ``z = W x``; and ``W' (p - e_y)``, of a pair after its tangent."""
+    """``nll = lse(z) - z[target]``, ``z = W x``; and ``W' (p - e_y)``, of a dual after its tangent."""
     z = F.linear(x, weight).to(compute_dtype(x))
     lse = z[:1].logsumexp(-1)
     p = (z[0] - lse[0, :, None]).exp()

@@ -44,7 +44,7 @@ class Padded:
         return (distance < 0) | (distance >= window) if window else distance < 0
 
 
-def padded_pair(
+def padded_dual(
     q: Tensor,
     k: Tensor,
     cu_seqlens: Tensor,

@@ -1,4 +1,4 @@
-"""Single-stream kernels of others, run twice: what a pair costs those who have no kernel for pairs.
+"""Single-stream kernels of others, run twice: what a dual costs those who have no kernel for duals.
 
 ``PEERS`` lists them by name. A peer that is not installed raises :class:`AbsentError`, with its name.
 """
@@ -25,7 +25,7 @@ class AbsentError(Exception):
 
 
 class Twice:
-    """Two ordinary passes, on the two halves of a pair's inputs.
+    """Two ordinary passes, on the two halves of a dual's inputs.
 
     The first is that of ``problem.single()``; the second has the other cotangents. Inputs are copies, since some
     kernels write their results over them. What a kernel then finds in its next round is its own last result: its

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.floor.step import Batch, Device, Floor, Method, step_floor
+from benchmarks.floor.step import BatchShape, Device, Floor, Method, step_floor
 from benchmarks.floor.work import Shape, Tokens
 from benchmarks.step.batches import Given, scored
 from benchmarks.step.contenders import Contender
@@ -32,7 +32,7 @@ def contender_floor(contender: Contender, run: Run, given: Given, model: nn.Modu
         model: with its adapters; only its shape is read.
         device: what the device reaches.
     """
-    batch = Batch(
+    batch = BatchShape(
         _tokens(run.task_lengths, run.task_rows, scored(given.batch) if run.head_on_scored else None),
         _tokens(run.pair_lengths, run.pair_rows, scored(given.pairs) if run.head_on_scored else None)
         if run.pair_lengths

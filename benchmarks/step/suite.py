@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.common import models
 from benchmarks.common.ceiling import Ceiling
+from benchmarks.common.record import Row
 from benchmarks.floor.step import Device
 from benchmarks.ops.peers import AbsentError
 from benchmarks.step.batches import Batch, Given, lengths, scored
@@ -26,7 +26,6 @@ from benchmarks.step.own_floor import contender_floor
 from benchmarks.step.rounds import Rounds, run_period
 from benchmarks.step.run import Run
 
-Row = dict[str, Any]
 # Told each fact the moment it is known.
 Tell = Callable[[Row], None]
 
@@ -43,7 +42,7 @@ TOLD = (2, 7, 15, 22)
 
 
 @dataclass(frozen=True)
-class Taking:
+class Entrant:
     """A contender that takes part.
 
     Attributes:
@@ -99,7 +98,7 @@ class Suite:
             takings = self._open(stack, model, dtype, given)
             if not takings:
                 return []
-            runs = {name: (taking.run, CONTENDERS[name].period) for name, taking in takings.items()}
+            runs = {name: (entrant.run, CONTENDERS[name].period) for name, entrant in takings.items()}
 
             def refuse(name: str, error: Exception) -> None:
                 self._refuse(name, error, where)
@@ -126,7 +125,7 @@ class Suite:
         self.ceilings.append(where | ceiling.row)
         return found
 
-    def _row(self, name: str, taking: Taking, where: Row, given: Given, rounds: Rounds) -> Row:
+    def _row(self, name: str, entrant: Entrant, where: Row, given: Given, rounds: Rounds) -> Row:
         """What is known of a contender so far; its launches are counted last."""
         seconds, median, ceiling = rounds.seconds[name], rounds.median(name), rounds.ceiling
         assert ceiling is not None
@@ -135,14 +134,14 @@ class Suite:
             | {"ms": 1e3 * median, "ms_least": 1e3 * min(seconds), "ms_most": 1e3 * max(seconds)}
             | {key: rounds.ratio(name, to) for key, to in RATIOS.items()}
             | {"tokens_per_s": sum(lengths(given.batch)) / median}
-            | against_floor(name, taking, given, median, ceiling.device)
-            | {"peak_memory": taking.peak_memory, "launches": None}
+            | against_floor(name, entrant, given, median, ceiling.device)
+            | {"peak_memory": entrant.peak_memory, "launches": None}
             | {"rounds": len(seconds), "period": CONTENDERS[name].period, "round_ms": [1e3 * s for s in seconds]}
-            | _sizes("task", given.batch, taking.run.task_lengths, taking.run.task_rows)
-            | _sizes("pair", given.pairs, taking.run.pair_lengths, taking.run.pair_rows)
+            | _sizes("task", given.batch, entrant.run.task_lengths, entrant.run.task_rows)
+            | _sizes("pair", given.pairs, entrant.run.pair_lengths, entrant.run.pair_rows)
         )
 
-    def _open(self, stack: ExitStack, model: nn.Module, dtype: str, given: Given) -> dict[str, Taking]:
+    def _open(self, stack: ExitStack, model: nn.Module, dtype: str, given: Given) -> dict[str, Entrant]:
         """Every contender that can be run and is right."""
         exact = Exact(model if self.checked_layers is None else models.cut(model, self.checked_layers))
         runs = {}
@@ -165,7 +164,7 @@ class Suite:
                 self._refuse(name, error, where)
         return runs
 
-    def _opened(self, stack: ExitStack, model: nn.Module, exact: Exact, name: str, given: Given) -> Taking:
+    def _opened(self, stack: ExitStack, model: nn.Module, exact: Exact, name: str, given: Given) -> Entrant:
         """A contender at work on a twin of the model, found right, at the beginning of a period."""
         contender = CONTENDERS[name]
         if self.checked_layers is not None:
@@ -191,7 +190,7 @@ class Suite:
                 counting()
             stack.push(opening.pop_all())
         ops = statistics.mean(counting.counts[-contender.period :]) if counting.counts else None
-        return Taking(own, run, ops, weights + allocations.peak)
+        return Entrant(own, run, ops, weights + allocations.peak)
 
     def _leave_out(self, entries: list[Row], entry: Row) -> None:
         if entry not in entries:
@@ -215,12 +214,12 @@ class Suite:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def _launches(self, name: str, taking: Taking) -> float:
+    def _launches(self, name: str, entrant: Entrant) -> float:
         """Of a step; in a further period where they are not known."""
-        if taking.ops is not None:
-            return round(taking.ops, 1)
+        if entrant.ops is not None:
+            return round(entrant.ops, 1)
         period = CONTENDERS[name].period
-        return round(launches(partial(run_period, taking.run, period), self.device) / period, 1)
+        return round(launches(partial(run_period, entrant.run, period), self.device) / period, 1)
 
 
 def _has_copies(name: str) -> bool:
@@ -228,9 +227,9 @@ def _has_copies(name: str) -> bool:
     return bool(CONTENDERS[name].options.get("float8"))
 
 
-def against_floor(name: str, taking: Taking, given: Given, seconds: float, reached: Device) -> Row:
+def against_floor(name: str, entrant: Entrant, given: Given, seconds: float, reached: Device) -> Row:
     """A contender's time beside the least that it could take on what the device reached in the same run."""
-    floor = contender_floor(CONTENDERS[name], taking.run, given, taking.model, reached)
+    floor = contender_floor(CONTENDERS[name], entrant.run, given, entrant.model, reached)
     rate = floor.flops / seconds
     return {"tflop": floor.flops / 1e12, "tflops_per_s": rate / 1e12, "share_of_ceiling": rate / reached.peak} | {
         "floor_ms": floor.ms,

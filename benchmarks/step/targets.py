@@ -15,10 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.common.record import Row
 from benchmarks.step.batches import PUBLISHED
 from benchmarks.step.rounds import interval
-
-Row = dict[str, Any]
 
 # What a verdict's medians are of, at the least.
 LEAST_ROUNDS = 7

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 
-import sap_fast
 from sap_fast.cli.arguments import parse
 from sap_fast.cli.errors import CommandError
 from sap_fast.cli.method import MethodArguments
@@ -20,6 +19,7 @@ from sap_fast.cli.models import is_adapter, load_model, load_tokenizer
 from sap_fast.cli.train import add_adapter
 from sap_fast.data import Collator, Encoded, encode_pairs, encode_tasks
 from sap_fast.hf.trainer import shuffled_rounds
+from sap_fast.profiling import profile
 from sap_fast.profiling.files import why_taken
 
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
         next(getattr(model, name) for name in names if hasattr(model, name))({"use_reentrant": False})
     rounds = args.warmup + args.steps
     try:
-        profile = sap_fast.profile(
+        found = profile(
             model,
             _batches(tokenizer, tasks, args.batch, args.seed, rounds),
             _batches(tokenizer, pairs, args.pairs_per_batch, args.seed, rounds),
@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
         )
     except ValueError as error:  # probe layers that the model does not have
         raise CommandError(str(error)) from error
-    print(f"\n{profile.summary()}\n\nPage: {Path(args.output_dir) / 'profile.html'}")
+    print(f"\n{found.summary()}\n\nPage: {Path(args.output_dir) / 'profile.html'}")
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sap_fast.batch.rows import IGNORED
-from sap_fast.data.files import Row, Table, read_table
+from sap_fast.data.files import SourceRow, Table, read_table
 from sap_fast.data.formats import Conversation, Exchange, Message, Text, read_pairs, read_task
 from sap_fast.errors import DataError
 
@@ -210,7 +210,7 @@ def _tokens(tokenizer: Any, place: str, exchange: Exchange) -> Tokens:
         raise DataError(f"{place}: the tokenizer refuses the text ({error})") from None
 
 
-def _tokenized(place: str, row: Row) -> Tokens:
+def _tokenized(place: str, row: SourceRow) -> Tokens:
     """A row of token ids as it is, but for what its mask hides."""
     if row.get("labels") is None:
         raise DataError(f"{place}: input_ids but no labels; add labels, {IGNORED} where nothing is scored")

@@ -13,16 +13,16 @@ from typing import Any
 
 from sap_fast.errors import DataError
 
-Row = Mapping[str, Any]
+SourceRow = Mapping[str, Any]
 _READS = "a .jsonl, .json, .csv or .parquet file, or the name of a dataset on the Hugging Face hub"
 
 
 @dataclass(frozen=True)
-class Table(Sequence[Row]):
+class Table(Sequence[SourceRow]):
     """Rows, and what each is called in an error (``tasks.jsonl, line 3``)."""
 
     name: str
-    rows: Sequence[Row]
+    rows: Sequence[SourceRow]
     places: Sequence[str]
 
     def __len__(self) -> int:
@@ -31,7 +31,7 @@ class Table(Sequence[Row]):
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
 
-    def items(self) -> Iterator[tuple[str, Row]]:
+    def items(self) -> Iterator[tuple[str, SourceRow]]:
         """Each row with its place."""
         return zip(self.places, self.rows, strict=True)
 
@@ -106,7 +106,7 @@ def _from_hub(name: str, split: str) -> Table:
     return Table(name, rows, [f"{name}, row {i}" for i in range(len(rows))])
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+def _jsonl(path: Path) -> Iterator[tuple[str, SourceRow]]:
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -116,7 +116,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
 
 
-def _json(path: Path) -> Iterator[tuple[str, Row]]:
+def _json(path: Path) -> Iterator[tuple[str, SourceRow]]:
     text = "".join(line for _, line in _lines(path))
     if not text.strip():
         return
@@ -130,7 +130,7 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
     yield from ((f"record {i}", row) for i, row in enumerate(rows, 1))
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Row]]:
+def _csv(path: Path) -> Iterator[tuple[str, SourceRow]]:
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
         header = next(reader, [])
@@ -149,7 +149,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{path}, line {reader.line_num}: not CSV ({error}); JSONL has no such limits") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def _parquet(path: Path) -> Iterator[tuple[str, SourceRow]]:
     pyarrow = _need("pyarrow", "reading Parquet")
     parquet = _need("pyarrow.parquet", "reading Parquet")
     try:
@@ -159,7 +159,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
     yield from ((f"row {i}", row) for i, row in enumerate(rows))
 
 
-_READERS: dict[str, Callable[[Path], Iterable[tuple[str, Row]]]] = {
+_READERS: dict[str, Callable[[Path], Iterable[tuple[str, SourceRow]]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,

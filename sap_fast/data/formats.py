@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sap_fast.data.files import Row, Table
+from sap_fast.data.files import SourceRow, Table
 from sap_fast.errors import DataError
 
 Message = Mapping[str, str]
@@ -48,7 +48,7 @@ class Text:
 Exchange = Conversation | Text
 
 
-def read_task(place: str, row: Row) -> Exchange:
+def read_task(place: str, row: SourceRow) -> Exchange:
     """A task row as an exchange.
 
     Raises:
@@ -83,7 +83,7 @@ def read_pairs(table: Table) -> list[tuple[Exchange, Exchange]]:
     return [_pair(place, row) for place, row in table.items()]
 
 
-def _pair(place: str, row: Row) -> tuple[Exchange, Exchange]:
+def _pair(place: str, row: SourceRow) -> tuple[Exchange, Exchange]:
     _require(place, row, ("chosen", "rejected"), _PAIRS)
     chosen, rejected = row["chosen"], row["rejected"]
     if chosen == rejected:
@@ -146,7 +146,7 @@ def _check_answer(place: str, messages: Sequence[Message], side: str) -> None:
         raise DataError(f"{place}: {side} must answer with a message of the assistant, but has {found}")
 
 
-def _require(place: str, row: Row, columns: Sequence[str], expected: str = _TASKS) -> None:
+def _require(place: str, row: SourceRow, columns: Sequence[str], expected: str = _TASKS) -> None:
     missing = [column for column in columns if row.get(column) is None]
     if missing:
         raise DataError(f"{place}: {missing} missing; expected {expected}; the columns are {sorted(row)}")

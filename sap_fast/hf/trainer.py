@@ -59,7 +59,7 @@ class SAPTrainer(Trainer):
 
     Raises:
         DataError: data that cannot be used, with its line or row.
-        UnsupportedModelError: the model holds something without a pair rule.
+        UnsupportedModelError: the model holds something without a dual rule.
         ValueError: arguments that a step would have to ignore, by name.
     """
 

@@ -1,6 +1,6 @@
 """Whether a model is attached, its modules do just what their classes say, and still are what they were at ``attach``.
 
-The pair forward reads weights and runs the library's ops: a hook, a replaced forward or a module exchanged later
+The dual forward reads weights and runs the library's ops: a hook, a replaced forward or a module exchanged later
 would be silently bypassed. Each is refused by name instead.
 """
 
@@ -22,7 +22,7 @@ def check_module(name: str, module: nn.Module) -> None:
     if "forward" in module.__dict__:
         raise UnsupportedModelError(
             f"the forward of {name} was replaced on the instance (by accelerate's prepare, a kernel patch or a device "
-            "map?); the pair forward would bypass it. Attach before it is patched, or take the patch off: "
+            "map?); the dual forward would bypass it. Attach before it is patched, or take the patch off: "
             "del module.forward"
         )
     if getattr(module, "_compiled_call_impl", None) is not None:
@@ -36,7 +36,7 @@ def check_module(name: str, module: nn.Module) -> None:
     for hook in hooks:
         if getattr(hook, "__name__", "") not in _IDLE_HOOKS:
             what = getattr(hook, "__qualname__", hook)
-            raise UnsupportedModelError(f"{name} has a hook ({what}), which the pair forward would not run; remove it")
+            raise UnsupportedModelError(f"{name} has a hook ({what}), which the dual forward would not run; remove it")
 
 
 def check_weight(name: str, weight: nn.Parameter) -> None:

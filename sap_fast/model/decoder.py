@@ -1,4 +1,4 @@
-"""The library's own decoder loop over a model's weights: an ordinary pass (S = 1) or a pair (S = 2).
+"""The library's own decoder loop over a model's weights: an ordinary pass (S = 1) or a dual (S = 2).
 
 The model's modules hold the weights and nothing else here; what runs is the ops of ``sap_fast.ops``. A layer
 hands on the residual stream and its own update separately, because their sum is taken, together with the
@@ -33,12 +33,12 @@ from sap_fast.batch.rows import Rows
 from sap_fast.dual import halves
 from sap_fast.model.lockstep import lockstep
 from sap_fast.ops import (
+    Group,
     LoRATarget,
-    Part,
     attention,
     glu,
     linear_cross_entropy,
-    lora_linear_together,
+    lora_linear_grouped,
     probe_rms_norm,
     rms_norm,
     rotary,
@@ -48,9 +48,9 @@ from sap_fast.ops._library import compute_dtype
 from sap_fast.ops.lora_linear.float8 import Float8Weight
 
 Weights = Mapping[str, Tensor]
-Pair = tuple[Tensor, Tensor | None]
+Dual = tuple[Tensor, Tensor | None]
 # What a traversal hands out, the maps' input and the maps, and is handed back, their outputs.
-Asked = tuple[Pair, Sequence["Projection"]]
+Asked = tuple[Dual, Sequence["Projection"]]
 
 
 class Stream(NamedTuple):
@@ -70,7 +70,7 @@ class Traversal:
     """One traversal of the decoder, and what is constant over it.
 
     ``theta`` holds the values of all LoRA tensors by name. ``theta_dot`` holds the direction, and makes the pass
-    a pair; gradients go to it (see :func:`sap_fast.ops.lora_linear`), else to ``theta``. ``probe`` holds
+    a dual; gradients go to it (see :func:`sap_fast.ops.lora_linear`), else to ``theta``. ``probe`` holds
     ``[S, d]`` stacks by layer. ``seed`` draws the dropout masks; None is a pass without dropout. ``rotary`` holds
     ``(cos, sin)`` of every row by the layers' ``rotary_type``. ``float8`` holds frozen weights in float8 by module,
     where products of this pass are to be formed in that.
@@ -86,7 +86,7 @@ class Traversal:
     rms: dict[int, Tensor] = field(default_factory=dict)  # per-row RMS of each probed layer's output [rows]
 
     @property
-    def is_pair(self) -> bool:
+    def is_dual(self) -> bool:
         return self.theta_dot is not None
 
 
@@ -107,7 +107,7 @@ class Norm:
         return float(getattr(self.module, self.eps_name))
 
     def __call__(self, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The norm of a pair over its last dimension."""
+        """The norm of a dual over its last dimension."""
         # The op has one dimension of rows; of heads that are packed, rows and heads flatten without a copy.
         flat, flat_dot = x.flatten(0, -2), None if x_dot is None else x_dot.flatten(0, -2)
         y, y_dot = rms_norm(flat, flat_dot, self.weight, eps=self.eps, offset=self.offset)
@@ -194,7 +194,7 @@ class Layer:
     def forward(
         self, streams: Sequence[Stream], probes: Sequence[Tensor | None], traversals: Sequence[Traversal]
     ) -> list[tuple[Stream, Tensor | None]]:
-        """Run the layer for one traversal, or for several together, of which only the first may be a pair.
+        """Run the layer for one traversal, or for several together, of which only the first may be a dual.
 
         Args:
             streams, probes, traversals: of each; a probe is that of the layer before, added to the stream here.
@@ -204,9 +204,9 @@ class Layer:
         """
         return lockstep(
             [self._traverse(*each) for each in zip(streams, probes, traversals, strict=True)],
-            lambda asked: lora_linear_together(
+            lambda asked: lora_linear_grouped(
                 [
-                    Part(*x, [p.target(traversal) for p in maps], traversal.seed)
+                    Group(*x, [p.target(traversal) for p in maps], traversal.seed)
                     for (x, maps), traversal in zip(asked, traversals, strict=True)
                 ]
             ),
@@ -214,7 +214,7 @@ class Layer:
 
     def _traverse(
         self, stream: Stream, probe: Tensor | None, traversal: Traversal
-    ) -> Generator[Asked, list[Pair], tuple[Stream, Tensor | None]]:
+    ) -> Generator[Asked, list[Dual], tuple[Stream, Tensor | None]]:
         residual, residual_dot, update, _ = stream
         rstd: Tensor | None = None
         if update is None:
@@ -230,7 +230,7 @@ class Layer:
             m, m_dot = self.norm_after_mlp(m, m_dot)
         return Stream(residual, residual_dot, m, m_dot), rstd
 
-    def _attention(self, y: Tensor, y_dot: Tensor | None, traversal: Traversal) -> Generator[Asked, list[Pair], Pair]:
+    def _attention(self, y: Tensor, y_dot: Tensor | None, traversal: Traversal) -> Generator[Asked, list[Dual], Dual]:
         qkv = yield (y, y_dot), self.qkv
         (q, q_dot), (k, k_dot), (v, v_dot) = ((self._heads(x), self._heads(x_dot)) for x, x_dot in qkv)
         if self.q_norm is not None:
@@ -252,7 +252,7 @@ class Layer:
         """``[rows, heads * head_dim]`` as ``[rows, heads, head_dim]``; None stays None."""
         return None if x is None else x.unflatten(-1, (-1, self.head_dim))
 
-    def _mlp(self, y: Tensor, y_dot: Tensor | None) -> Generator[Asked, list[Pair], Pair]:
+    def _mlp(self, y: Tensor, y_dot: Tensor | None) -> Generator[Asked, list[Dual], Dual]:
         (gate, gate_dot), (up, up_dot) = yield (y, y_dot), self.gate_up
         y, y_dot = glu(gate, gate_dot, up, up_dot, activation=self.activation)
         ((m, m_dot),) = yield (y, y_dot), (self.down,)
@@ -271,7 +271,7 @@ class Decoder:
     rotary_embedding: Any
     adapters: Weights  # every LoRA tensor of the active adapter, by name
     trained: Mapping[str, nn.Parameter]  # those that require grad: theta
-    float8: Mapping[nn.Module, Float8Weight] | None = field(default=None, kw_only=True)  # frozen weights, for pairs
+    float8: Mapping[nn.Module, Float8Weight] | None = field(default=None, kw_only=True)  # frozen weights, for duals
 
     @property
     def device(self) -> torch.device:
@@ -337,7 +337,7 @@ class Decoder:
             rows: a packed batch.
             seed: int64 scalar that draws the dropout masks; None is a pass without dropout.
             theta: values to use instead of the model's, by name; absent ones are the model's own.
-            theta_dot: the direction by name, which makes the pass a pair; weights it lacks do not move.
+            theta_dot: the direction by name, which makes the pass a dual; weights it lacks do not move.
             probe: ``[S, d]`` stacks by layer.
         """
         theta = {**self.adapters, **(theta or {})}
@@ -360,11 +360,11 @@ class Decoder:
             x = F.embedding(traversal.rows.input_ids, self.embedding.weight)
             if self.embed_scale is not None:
                 x *= getattr(self.embedding, self.embed_scale).to(x.dtype)
-            if not traversal.is_pair:
+            if not traversal.is_dual:
                 return Stream(x, None)
-            pair = x.new_zeros((2, *x.shape))
-            pair[0] = x
-            return Stream(*halves(pair))
+            dual = x.new_zeros((2, *x.shape))
+            dual[0] = x
+            return Stream(*halves(dual))
 
     def run_layers(self, traversal: Traversal, stream: Stream, start: int, stop: int) -> Stream:
         """Run layers ``start`` to ``stop - 1``; the stream is that which left layer ``start - 1``."""
@@ -373,7 +373,7 @@ class Decoder:
     def run_together(
         self, traversals: Sequence[Traversal], streams: Sequence[Stream], start: int, stop: int
     ) -> list[Stream]:
-        """Run layers for several traversals, with one frozen product for all rows; only the first may be a pair."""
+        """Run layers for several traversals, with one frozen product for all rows; only the first may be a dual."""
         for i in range(start, stop):
             module, probes = self.layers[i].module, [traversal.probe.get(i - 1) for traversal in traversals]
             # nn.Module's own __call__: some versions of transformers checkpoint in the layer class's.

@@ -1,4 +1,4 @@
-"""The model families whose decoders the pair forward knows: one entry each, no copy of their code.
+"""The model families whose decoders the dual forward knows: one entry each, no copy of their code.
 
 ``sap_fast/model/families.md`` tells how to add one and how to check it.
 """

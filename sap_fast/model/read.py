@@ -115,7 +115,7 @@ def _base_model(model: nn.Module) -> Any:
     if isinstance(model, PeftModel):
         kinds = {config.peft_type for config in model.peft_config.values()}
         if kinds != {PeftType.LORA}:
-            raise UnsupportedModelError(f"PEFT methods {sorted(kinds)}: only LoRA has a pair rule")
+            raise UnsupportedModelError(f"PEFT methods {sorted(kinds)}: only LoRA has a dual rule")
     return base_model(model)
 
 
@@ -145,11 +145,11 @@ def _check_config(config: Any) -> None:
             f"attn_implementation={attention!r} is not known to be softmax attention; known are {list(_ATTENTION)}"
         )
     if getattr(config, "is_causal", True) is False:
-        raise UnsupportedModelError("is_causal=False has no pair rule: attention here is causal")
+        raise UnsupportedModelError("is_causal=False has no dual rule: attention here is causal")
     for name in _UNSET:
         value = getattr(config, name, None)
         if value is not None and value is not False:
-            raise UnsupportedModelError(f"config.{name}={value} has no pair rule")
+            raise UnsupportedModelError(f"config.{name}={value} has no dual rule")
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -215,7 +215,7 @@ def _check_embedding(module: nn.Module, family: Family) -> None:
 def _check_plain(what: str, module: nn.Module, expected: type) -> None:
     _check_unadapted(what, module)
     if type(module) is not expected:
-        raise UnsupportedModelError(f"{what} is a {type_name(module)}, not a {expected.__name__}: it has no pair rule")
+        raise UnsupportedModelError(f"{what} is a {type_name(module)}, not a {expected.__name__}: it has no dual rule")
 
 
 def _check_unadapted(what: str, module: nn.Module) -> None:

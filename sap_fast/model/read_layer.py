@@ -20,7 +20,7 @@ def expect(module: nn.Module, family: Family, part: str, name: str) -> Any:
     """``module``, if it is exactly the family's ``part`` and runs the forward of its class."""
     if not family.names(part, module):
         raise UnsupportedModelError(
-            f"{name} is a {type_name(module)}, not a {family.class_of(part)}: it has no pair rule"
+            f"{name} is a {type_name(module)}, not a {family.class_of(part)}: it has no dual rule"
         )
     _check_own_forward(name, module, family.module)
     return module
@@ -40,7 +40,7 @@ def _check_own_forward(name: str, module: nn.Module, home: str) -> None:
     found = type(module).forward.__module__
     if found != home:
         raise UnsupportedModelError(
-            f"the forward of {type(module).__name__} ({name}) was replaced by one from {found}; the pair forward would "
+            f"the forward of {type(module).__name__} ({name}) was replaced by one from {found}; the dual forward would "
             "bypass it. Undo the patch"
         )
 
@@ -61,7 +61,7 @@ def read_rotary(module: nn.Module, family: Family) -> Any:
         if kind in _STATEFUL_ROPE:
             raise UnsupportedModelError(
                 f"rope_type={kind!r} changes with the longest sequence seen so far, so the passes of a step would "
-                "disagree: it has no pair rule"
+                "disagree: it has no dual rule"
             )
     return rotary
 
@@ -86,7 +86,7 @@ def read_layer(index: int, module: nn.Module, family: Family, config: Any, reade
     activation = ACTIVATIONS.get(type_name(mlp.act_fn))
     if activation is None:
         raise UnsupportedModelError(
-            f"{name}.mlp.act_fn is a {type_name(mlp.act_fn)}, an activation without a pair rule"
+            f"{name}.mlp.act_fn is a {type_name(mlp.act_fn)}, an activation without a dual rule"
         )
 
     def norm(part: str) -> Norm:
@@ -98,7 +98,7 @@ def read_layer(index: int, module: nn.Module, family: Family, config: Any, reade
         found = read_norm(f"{name}.self_attn.{part}", getattr(attn, part), family)
         if (width := found.weight.shape[0]) != attn.head_dim:
             raise UnsupportedModelError(
-                f"{name}.self_attn.{part} is over {width} channels, not over a head's {attn.head_dim}: it has no pair "
+                f"{name}.self_attn.{part} is over {width} channels, not over a head's {attn.head_dim}: it has no dual "
                 "rule"
             )
         return found
@@ -134,11 +134,11 @@ def read_layer(index: int, module: nn.Module, family: Family, config: Any, reade
 def _check_attention(name: str, attn: Any, config: Any, index: int) -> None:
     if attn.attention_dropout:
         raise UnsupportedModelError(
-            f"{name} has attention_dropout={attn.attention_dropout}, which has no pair rule; set attention_dropout to "
+            f"{name} has attention_dropout={attn.attention_dropout}, which has no dual rule; set attention_dropout to "
             "0 in the config and in each layer's self_attn"
         )
     if not attn.is_causal:
-        raise UnsupportedModelError(f"{name} is not causal: it has no pair rule")
+        raise UnsupportedModelError(f"{name} is not causal: it has no dual rule")
     # Layers that were moved or taken out: transformers masks by the config, but the window is the module's.
     built = getattr(attn, "layer_type", None)
     if built is not None and config.layer_types[index] != built:
@@ -176,14 +176,14 @@ class ProjectionReader:
             return Projection(module)
         if type(module) is not LoraLinear:
             raise UnsupportedModelError(
-                f"{name} is a {type_name(module)}, for which there is no pair rule; nn.Linear and PEFT's LoRA Linear "
+                f"{name} is a {type_name(module)}, for which there is no dual rule; nn.Linear and PEFT's LoRA Linear "
                 "have one"
             )
         _check_own_forward(name, module, "peft.tuners.lora.layer")
         lora: Any = module
         if type(lora.base_layer) is not nn.Linear:
             raise UnsupportedModelError(
-                f"{name} adapts a {type_name(lora.base_layer)}, for which there is no pair rule; nn.Linear has one, "
+                f"{name} adapts a {type_name(lora.base_layer)}, for which there is no dual rule; nn.Linear has one, "
                 "quantized and twice adapted layers not yet"
             )
         adapter = adapter_of(lora, name)
@@ -199,14 +199,14 @@ class ProjectionReader:
 def _check_vanilla(name: str, lora: Any, adapter: str) -> None:
     """Refuse every LoRA but ``y += scaling B A dropout(x)``."""
     if lora.use_dora.get(adapter) or adapter in lora.lora_magnitude_vector:
-        raise UnsupportedModelError(f"{name} uses DoRA, for which there is no pair rule; set use_dora=False")
+        raise UnsupportedModelError(f"{name} uses DoRA, for which there is no dual rule; set use_dora=False")
     if adapter in lora.lora_variant:
         variant = type(lora.lora_variant[adapter]).__name__
-        raise UnsupportedModelError(f"{name} uses the LoRA variant {variant}, which has no pair rule")
+        raise UnsupportedModelError(f"{name} uses the LoRA variant {variant}, which has no dual rule")
     a, b = lora.lora_A[adapter], lora.lora_B[adapter]
     for part, factor in (("lora_A", a), ("lora_B", b)):
         if type(factor) is not nn.Linear:
-            raise UnsupportedModelError(f"{name}.{part} is a {type_name(factor)}, for which there is no pair rule")
+            raise UnsupportedModelError(f"{name}.{part} is a {type_name(factor)}, for which there is no dual rule")
         if factor.bias is not None:
             raise UnsupportedModelError(f"{name}.{part} has a bias (lora_bias); set lora_bias=False")
     if type(lora.lora_dropout[adapter]) not in (nn.Dropout, nn.Identity):

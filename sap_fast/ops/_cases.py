@@ -4,8 +4,8 @@ Every op folder fills one :class:`OpCases` in its ``cases.py``; ``tests/test_ops
 ``benchmarks/ops/bench_ops.py`` and ``benchmarks.gpu`` find it there, and an op without that file has none of them.
 
 A :class:`Problem` is one case made concrete, as stacks (see ``sap_fast/dual.py``). The leading
-dimensions of its inputs ``[S, ...]`` and cotangents ``[n, ...]`` say what is asked for: a full pair
-(2, 2), a pair in half mode (2, 1) or an ordinary pass (1, 1). It has two answers: that of the op,
+dimensions of its inputs ``[S, ...]`` and cotangents ``[n, ...]`` say what is asked for: a full dual
+(2, 2), a dual in half mode (2, 1) or an ordinary pass (1, 1). It has two answers: that of the op,
 :func:`run`, and that of the rules derived from the op's primal, :func:`derive`. Both are flat
 dictionaries in the notation of ``dual.py``: ``y``, ``y_dot``, ``dx``, ``dx_dot``.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sap_fast.dual import pullback, pushforward
 
-Pair = tuple[Tensor, Tensor | None]
+Dual = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Products:
 
     forward: int = 1
     backward: int = 1
-    pair_forward: int = 2
-    pair_backward: int = 2
+    dual_forward: int = 2
+    dual_backward: int = 2
 
 
 class Widths(NamedTuple):
@@ -133,14 +133,14 @@ class OpCases:
     Attributes:
         name: of the op and of its folder.
         outputs: names of the outputs that carry gradient; a case may have only the first of them.
-        call: runs the public function on pairs by name (``(x, None)`` in an ordinary pass) and
-            returns the output pairs.
+        call: runs the public function on duals by name (``(x, None)`` in an ordinary pass) and
+            returns the output duals.
         primal: the plain function of the inputs by name: one half in, one half of each output out.
         cases: at least one for ``"contract"``, ``"compile"`` and ``"bench"``.
         sizes: for ``benchmarks.gpu``.
         typical: name of the ``"contract"`` case that has no feature to spare: several rows, every input.
         wide: names of inputs that stay float32 where the others are bfloat16.
-        tangent_only: names of inputs that are constants of a pair although their tangents are not:
+        tangent_only: names of inputs that are constants of a dual although their tangents are not:
             there the op has no cotangent for their primal half.
         whole: names of inputs that the op takes as one stack: their halves require grad together or
             not at all, and in half mode not at all.
@@ -153,7 +153,7 @@ class OpCases:
 
     name: str
     outputs: tuple[str, ...]
-    call: Callable[[dict[str, Pair], dict[str, Any]], Sequence[Pair]]
+    call: Callable[[dict[str, Dual], dict[str, Any]], Sequence[Dual]]
     primal: Callable[[dict[str, Tensor], dict[str, Any]], tuple[Tensor, ...]]
     cases: Sequence[Case]
     sizes: Sizes
@@ -177,7 +177,7 @@ class Problem:
     cotangents: dict[str, Tensor]
 
     @property
-    def is_pair(self) -> bool:
+    def is_dual(self) -> bool:
         return len(next(iter(self.inputs.values()))) == 2
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> "Problem":
@@ -194,7 +194,7 @@ class Problem:
         return self.map(lambda name, x: x.to(dtype))
 
     def half(self) -> "Problem":
-        """The pair in half mode: only the cotangent of the tangent half, the ordinary gradient."""
+        """The dual in half mode: only the cotangent of the tangent half, the ordinary gradient."""
         return Problem(self.inputs, self.constants, {name: dy[-1:] for name, dy in self.cotangents.items()})
 
     def single(self) -> "Problem":
@@ -231,19 +231,19 @@ def pose(op: OpCases, case: Case, rng: torch.Generator, dtype: torch.dtype = tor
 
     problem = Problem(*case.make(rng), {}).map(rounded)
     with torch.no_grad():
-        ys = op.call(paired(split(problem.inputs, True)), problem.constants)
+        ys = op.call(duals_of(split(problem.inputs, True)), problem.constants)
     cotangents = {name: normal(rng, 2, *y.shape).to(y.dtype) for name, (y, _) in zip(op.outputs, ys, strict=False)}
     return Problem(problem.inputs, problem.constants, cotangents)
 
 
 def differentiated(op: OpCases, problem: Problem) -> list[str]:
     """Name the halves for which the op gives a cotangent, such as ``["x", "x_dot"]``."""
-    half_mode = problem.is_pair and len(next(iter(problem.cotangents.values()))) == 1
+    half_mode = problem.is_dual and len(next(iter(problem.cotangents.values()))) == 1
     names = []
     for name in problem.inputs:
-        if not (half_mode or (problem.is_pair and name in op.tangent_only)):
+        if not (half_mode or (problem.is_dual and name in op.tangent_only)):
             names.append(name)
-        if problem.is_pair and not (half_mode and name in op.whole):
+        if problem.is_dual and not (half_mode and name in op.whole):
             names.append(f"{name}_dot")
     return names
 
@@ -263,13 +263,13 @@ def run(
     wanted = differentiated(op, problem) if wanted is None else wanted
     leaves = {
         name: half.detach().requires_grad_(name in wanted)
-        for name, half in split(problem.inputs, problem.is_pair).items()
+        for name, half in split(problem.inputs, problem.is_dual).items()
     }
-    pairs = op.call(paired(leaves), problem.constants)
+    duals = op.call(duals_of(leaves), problem.constants)
     ys: dict[str, Tensor] = {}
-    for name, (y, y_dot) in zip(op.outputs, pairs, strict=False):
+    for name, (y, y_dot) in zip(op.outputs, duals, strict=False):
         ys |= {name: y} if y_dot is None else {name: y, f"{name}_dot": y_dot}
-    dys = split(problem.cotangents, problem.is_pair)
+    dys = split(problem.cotangents, problem.is_dual)
     through = [name for name in used or dys if ys[name].requires_grad]
     dxs = torch.autograd.grad(
         [ys[name] for name in through],
@@ -291,21 +291,21 @@ def derive(op: OpCases, problem: Problem) -> dict[str, Tensor]:
     ys = dict(zip(op.outputs, pushforward(primal, *xs), strict=False))
     dys = tuple(problem.cotangents.values())
     dxs = dict(zip(problem.inputs, pullback(primal, xs, dys), strict=True))
-    gradients = {f"d{name}": dx for name, dx in split(dxs, problem.is_pair).items()}
+    gradients = {f"d{name}": dx for name, dx in split(dxs, problem.is_dual).items()}
     wanted = {f"d{name}" for name in differentiated(op, problem)}
-    return split(ys, problem.is_pair) | {k: dx for k, dx in gradients.items() if k in wanted}
+    return split(ys, problem.is_dual) | {k: dx for k, dx in gradients.items() if k in wanted}
 
 
-def split(stacks: Mapping[str, Tensor], is_pair: bool) -> dict[str, Tensor]:
+def split(stacks: Mapping[str, Tensor], is_dual: bool) -> dict[str, Tensor]:
     """Name the halves of stacks: ``{x, x_dot}``; of a cotangent in half mode ``{x_dot}`` alone."""
     result: dict[str, Tensor] = {}
     for name, stack in stacks.items():
-        names = (name, f"{name}_dot") if is_pair else (name,)
+        names = (name, f"{name}_dot") if is_dual else (name,)
         result |= dict(zip(names[-len(stack) :], stack, strict=True))
     return result
 
 
-def paired(halves: Mapping[str, Tensor]) -> dict[str, Pair]:
+def duals_of(halves: Mapping[str, Tensor]) -> dict[str, Dual]:
     """Undo :func:`split`: ``{x: (x, x_dot)}``."""
     names = [name for name in halves if not name.endswith("_dot")]
     return {name: (halves[name], halves.get(f"{name}_dot")) for name in names}

@@ -228,8 +228,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def check_pair(name: str, x: Tensor, x_dot: Tensor | None, ndim: int) -> None:
-    """Refuse a pair whose halves differ or whose shape is not the op's."""
+def check_dual(name: str, x: Tensor, x_dot: Tensor | None, ndim: int) -> None:
+    """Refuse a dual whose halves differ or whose shape is not the op's."""
     if x.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, but has shape {tuple(x.shape)}")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float64):

@@ -5,7 +5,7 @@ value of a block, with its shape in a comment above. A tensor's argument has the
 follow it: ``x, x_half, x_row`` are a stack ``[S, rows, d]``, the distance of its halves and that of its rows, in
 elements; its last dimension is contiguous. Rows are multiplied in int64, because rows x width can pass 2^31.
 
-A kernel is compiled for the shape of a model (widths, heads) and for what a pass carries (``PAIR``: S = 2;
+A kernel is compiled for the shape of a model (widths, heads) and for what a pass carries (``DUAL``: S = 2;
 ``FULL``: n = 2), never for the number of rows, which differs from step to step.
 """
 

@@ -13,7 +13,7 @@ from sap_fast.profiling.counting import Counter, Work
 from sap_fast.profiling.inputs import Rounds
 from sap_fast.profiling.meters import Clock, Memory, peak_of, seconds_of
 from sap_fast.profiling.phases import Begin, ignored
-from sap_fast.profiling.steps import PEFT, Batch, Contender
+from sap_fast.profiling.steps import PEFT, Batch, TimedStep
 from sap_fast.profiling.trace import Kernels
 
 Tell = Callable[[str], None]
@@ -34,7 +34,7 @@ class Measured:
         trace: a Chrome trace, as text; None if none was asked for.
     """
 
-    contenders: list[Contender]
+    contenders: list[TimedStep]
     absent: str | None = None
     memory: dict[str, Memory] = field(default_factory=dict)
     totals: dict[str, list[float]] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Measured:
 
 
 def measure(
-    contenders: Sequence[Contender],
+    contenders: Sequence[TimedStep],
     rounds: Rounds,
     warmup: int,
     steps: int,
@@ -92,7 +92,7 @@ def measure(
 
 
 def _warm_up(
-    found: Measured, contender: Contender, given: tuple[Batch, Batch], device: torch.device, *, last: bool
+    found: Measured, contender: TimedStep, given: tuple[Batch, Batch], device: torch.device, *, last: bool
 ) -> None:
     def step() -> None:
         contender.run(*given, ignored)
@@ -112,7 +112,7 @@ def _warm_up(
 
 
 def _trace(found: Measured, given: tuple[Batch, Batch], device: torch.device, *, traced: bool) -> None:
-    def step(contender: Contender, begin: Begin) -> None:
+    def step(contender: TimedStep, begin: Begin) -> None:
         contender.run(*given, begin)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ def _trace(found: Measured, given: tuple[Batch, Batch], device: torch.device, *,
             found.trace = path.read_text(encoding="utf-8")
 
 
-def _turns(contenders: Sequence[Contender], i: int) -> Sequence[Contender]:
+def _turns(contenders: Sequence[TimedStep], i: int) -> Sequence[TimedStep]:
     """Order the contenders forwards and backwards in turn, so that none always follows the same one."""
     return contenders[:: -1 if i % 2 else 1]
 

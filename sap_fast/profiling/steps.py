@@ -69,7 +69,7 @@ def kinds(config: SAPConfig) -> list[Kind]:
 
 
 @dataclass(frozen=True)
-class Contender:
+class TimedStep:
     """Describes a training step that is timed.
 
     Attributes:
@@ -159,10 +159,10 @@ class PhaseDecoder(Decoder):
     ) -> list[Stream]:
         """Run layers as :meth:`Decoder.run_together` does, with a hook where the stream leaves the lowest probe."""
         first = traversals[0]
-        self.place.restarted = start > 0 and not first.is_pair
+        self.place.restarted = start > 0 and not first.is_dual
         self.place.together = len(traversals) > 1
         above = None if self.cut is None else self.cut + 1
-        if above is None or not start <= above < stop or not (first.is_pair or self.place.restarted):
+        if above is None or not start <= above < stop or not (first.is_dual or self.place.restarted):
             return super().run_together(traversals, streams, start, stop)
         if start < above:
             streams = super().run_together(traversals, streams, start, above)
@@ -171,9 +171,9 @@ class PhaseDecoder(Decoder):
 
     def score(self, traversal: Traversal, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """Begin the head's phase, and score as :meth:`Decoder.score` does, with a hook on the stream that enters it."""
-        if self.place.together and not traversal.is_pair:
+        if self.place.together and not traversal.is_dual:
             return super().score(traversal, stream)  # in the phases of the pass that it is run with
-        divided = traversal.is_pair or self.place.restarted
+        divided = traversal.is_dual or self.place.restarted
         if not divided:
             beneath_head = self._phase("backward", pair=False)
         elif self.cut == len(self.layers) - 1:
@@ -181,7 +181,7 @@ class PhaseDecoder(Decoder):
         else:
             beneath_head = "backward_above"
         self._when_passed(stream, beneath_head)
-        self.begin(self._phase("head", pair=traversal.is_pair))
+        self.begin(self._phase("head", pair=traversal.is_dual))
         return super().score(traversal, stream)
 
     def _phase(self, what: str, *, pair: bool) -> str:
@@ -214,17 +214,17 @@ class Steps:
         self._optimizer = Optimizer(list(self._decoder.trained.values()))
         self._cut = min(sap.probe_layers, default=None)
 
-    def contenders(self) -> list[Contender]:
+    def contenders(self) -> list[TimedStep]:
         """List all steps: plain fine-tuning by the library's passes and by PEFT's, and each kind of SAP's steps."""
         config = self._sap.config
         found = [
-            Contender(SFT, LABELS[SFT], SFT, 1.0, lambda batch, _, begin: self._own(batch, None, begin)),
-            Contender(PEFT, LABELS[PEFT], PEFT, 1.0, self._peft),
+            TimedStep(SFT, LABELS[SFT], SFT, 1.0, lambda batch, _, begin: self._own(batch, None, begin)),
+            TimedStep(PEFT, LABELS[PEFT], PEFT, 1.0, self._peft),
         ]
         for i, kind in enumerate(kinds(config)):
             key = SAP_STEP if kind.weight == 1 else f"{SAP_STEP}-{i + 1}"
             label = LABELS[SAP_STEP] if kind.weight == 1 else f"{LABELS[SAP_STEP]}, {kind.label(config)}"
-            found.append(Contender(key, label, SAP_STEP, kind.weight, self._guarded(kind.rhythm)))
+            found.append(TimedStep(key, label, SAP_STEP, kind.weight, self._guarded(kind.rhythm)))
         return found
 
     def _guarded(self, rhythm: Rhythm) -> Callable[[Batch, Batch, Begin], None]:

@@ -1,6 +1,6 @@
 """Which backend serves the attention of ordinary passes: an order for each kind of device, and what rules one out.
 
-Pairs have no choice: no other backend knows tangents. Windows and grouped heads rule nothing out: every backend has
+Duals have no choice: no other backend knows tangents. Windows and grouped heads rule nothing out: every backend has
 them. A backend is ruled out where its backward sums in an order that changes from run to run, since a step promises
 the same bits in a fixed configuration.
 """
@@ -19,7 +19,7 @@ ORDER: dict[str, dict[Backend, str]] = {
     "cuda": {
         "flash_attn": "packed, CUDA kernels made for one stream, with a deterministic backward of its own",
         "varlen_attn": "packed, PyTorch's copy of flash attention, which is deterministic by a global switch alone",
-        "own": "packed, the Triton kernels that serve pairs too",
+        "own": "packed, the Triton kernels that serve duals too",
         "sdpa": "pads every sequence to the longest, and builds a mask for a window",
     },
     "cpu": {
@@ -133,7 +133,7 @@ def _left_aside(backend: Backend, machine: Machine, heads: Heads) -> str | None:
     if backend == "own":
         return None if machine.own_kernel else "the library has no kernel for this device, only reference rules"
     if heads.dtype not in _NARROW:
-        return f"{dtype_name(heads.dtype)} stays with the rules that pairs follow: it is asked for to be exact"
+        return f"{dtype_name(heads.dtype)} stays with the rules that duals follow: it is asked for to be exact"
     return None
 
 

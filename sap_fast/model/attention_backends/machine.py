@@ -56,17 +56,17 @@ def problem_of(ordinary: Ordinary, device: torch.device, heads: Heads) -> str | 
         # attach may stand in a region without gradients.
         with torch.inference_mode(False), torch.enable_grad():
             # The truth on the CPU: cuBLAS has demands of its own on deterministic products.
-            pairs = [
-                pair
+            duals = [
+                dual
                 for lengths in _LENGTHS
-                for pair in zip(
+                for dual in zip(
                     _solved(ordinary, device, heads, lengths),
                     _solved(own_attention, _CPU, heads, lengths, torch.float64),
                     strict=True,
                 )
             ]
             # Some roundings to bfloat16, each of 2^-9 at the most; a wrong mask or scale is beyond. NaN is not within.
-            right = all(bool((x - y).abs().max() <= 2**-5 * y.abs().max()) for x, y in pairs)
+            right = all(bool((x - y).abs().max() <= 2**-5 * y.abs().max()) for x, y in duals)
     except Exception as error:
         return f"it failed on a few rows ({_first_line(error)})"
     return None if right else "it is wrong on a few rows"

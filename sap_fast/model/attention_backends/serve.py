@@ -1,4 +1,4 @@
-"""The attention of a layer: the library's op for pairs, and for ordinary passes the backend chosen."""
+"""The attention of a layer: the library's op for duals, and for ordinary passes the backend chosen."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Causal self-attention of a pair over packed or padded sequences; grouped heads, sliding window."""
+"""Causal self-attention of a dual over packed or padded sequences; grouped heads, sliding window."""
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -13,7 +13,7 @@ from sap_fast.ops._library import (
     Mode,
     check_device,
     check_dtype,
-    check_pair,
+    check_dual,
     check_shape,
     compute_dtype,
     define,
@@ -71,7 +71,7 @@ def attention(
     """
     rows_k = q.shape[0] if cu_seqlens_k is None else k.shape[0]
     for name, x, x_dot in (("q", q, q_dot), ("k", k, k_dot), ("v", v, v_dot)):
-        check_pair(name, x, x_dot, 3)
+        check_dual(name, x, x_dot, 3)
         check_dtype(name, x, "q", q)
         check_device(name, x, "q", q)
         check_shape(name, x, (q.shape[0] if name == "q" else rows_k, x.shape[1], q.shape[2]))
@@ -138,8 +138,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, o, lse, *lengths = ctx.saved_tensors
         do = stacked_cotangent(ctx.mode, do, do_dot, q[0])
         grads = torch.ops.sap_fast.attention_backward(do, q, k, v, o, lse, *lengths, *ctx.constants)
-        pairs = (half for grad in grads for half in split_cotangent(ctx.mode, grad))
-        return *pairs, *[None] * 7
+        duals = (half for grad in grads for half in split_cotangent(ctx.mode, grad))
+        return *duals, *[None] * 7
 
 
 def _forward(
@@ -175,7 +175,7 @@ def _fake_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tupl
 
 
 def _flops(products: int, of_pair: int, count: str) -> Callable[[Mapping[str, Any]], int]:
-    """So many products of an ordinary pass, and of a pair, which it is if the argument ``count`` has two halves."""
+    """So many products of an ordinary pass, and of a dual, which it is if the argument ``count`` has two halves."""
 
     def flops(named: Mapping[str, Any]) -> int:
         heads, head_dim = named["q"].shape[2:]
@@ -217,7 +217,7 @@ define(
         torch.empty_like(q, memory_format=torch.contiguous_format),
         q.new_empty(q.shape[:3], dtype=compute_dtype(q)),
     ),
-    # q k^T and p v; of a pair also those with a tangent on each side.
+    # q k^T and p v; of a dual also those with a tangent on each side.
     flops=_flops(2, 6, "q"),
 )
 define(

@@ -1,6 +1,6 @@
 """The backward of attention: one kernel of tiles of queries (dq) and one of tiles of keys (dk, dv or both).
 
-Both recompute the probabilities from ``lse``, and those of a pair from ``mu`` too. ``FULL`` is full mode; without it
+Both recompute the probabilities from ``lse``, and those of a dual from ``mu`` too. ``FULL`` is full mode; without it
 the kernels are the ordinary backward, which reads primal halves only.
 
 ``b_rate`` is s_dot - mu, that is p_dot / p, and ds has p factored out: ``p (rate (dp_dot - delta_dot) + dp - delta)``.
@@ -120,7 +120,7 @@ def query_kernel(
     q += i_head.to(tl.int64) * q_head
     k += (i_head // GROUP).to(tl.int64) * k_head
     v += (i_head // GROUP).to(tl.int64) * v_head
-    # In full mode delta_dot is the second half of a pair, in half mode the only one.
+    # In full mode delta_dot is the second half of a dual, in half mode the only one.
     delta_dot = delta + half if FULL else delta
     # [BM]
     o_q = i_q + tl.arange(0, BM)
@@ -226,7 +226,7 @@ def key_kernel(
     KV: tl.constexpr = HEADS // GROUP
     half = rows.to(tl.int64)
     half_k = half if cu_seqlens_k is None else rows_k.to(tl.int64)
-    # In full mode delta_dot is the second half of a pair, in half mode the only one.
+    # In full mode delta_dot is the second half of a dual, in half mode the only one.
     delta_dot = delta + half * HEADS if FULL else delta
     if i_k >= used:
         step = tl.num_programs(0) * BN

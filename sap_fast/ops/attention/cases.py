@@ -109,7 +109,7 @@ _TIMED = (128, 256, 2048)
 CASES = OpCases(
     name="attention",
     outputs=("o",),
-    call=lambda pairs, c: [attention(*pairs["q"], *pairs["k"], *pairs["v"], **c)],
+    call=lambda duals, c: [attention(*duals["q"], *duals["k"], *duals["v"], **c)],
     primal=_primal,
     cases=[
         _case("one-token", [1]),
@@ -182,9 +182,9 @@ CASES = OpCases(
         parts=_parts,
     ),
     typical="packed",
-    # Forward QK', PV and, of a pair, Q_dot K', Q K_dot', P V_dot, P_dot V. Backward dP, dV, dQ, dK;
-    # of a pair each of these once for its tangent and, by the product rule, twice for its primal.
-    products=Products(forward=2, backward=4, pair_forward=6, pair_backward=12),
+    # Forward QK', PV and, of a dual, Q_dot K', Q K_dot', P V_dot, P_dot V. Backward dP, dV, dQ, dK;
+    # of a dual each of these once for its tangent and, by the product rule, twice for its primal.
+    products=Products(forward=2, backward=4, dual_forward=6, dual_backward=12),
     multiplies=("forward_kernel", "query_kernel", "key_kernel"),
     any_shape=("o",),  # which only a GPU needs
 )

@@ -1,4 +1,4 @@
-"""The forward of attention: one pass over the keys with an online softmax of the pair."""
+"""The forward of attention: one pass over the keys with an online softmax of the dual."""
 
 import triton
 import triton.language as tl
@@ -37,7 +37,7 @@ def forward_kernel(
     rows,
     rows_k,
     scale,
-    PAIR: tl.constexpr,
+    DUAL: tl.constexpr,
     WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -46,7 +46,7 @@ def forward_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program a tile of queries: ``o`` and ``lse``, of a pair with ``o_dot`` and ``mu``; contiguous stacks.
+    """One program a tile of queries: ``o`` and ``lse``, of a dual with ``o_dot`` and ``mu``; contiguous stacks.
 
     ``b_mu`` is the mean of s_dot over the keys so far, and ``b_o_dot`` is kept centred on it: whenever the mean moves,
     the sum moves with it. So no large common part of s_dot (a bias of the keys gives one) is ever rounded.
@@ -63,7 +63,7 @@ def forward_kernel(
         step = tl.num_programs(0) * BM
         clear_rows(o, i_head, start, i_q, length, step, HEADS, BM, D, BD)
         clear_rows(lse, i_head, start, i_q, length, step, HEADS, BM, 1, 1)
-        if PAIR:
+        if DUAL:
             clear_rows(o + half * D, i_head, start, i_q, length, step, HEADS, BM, D, BD)
             clear_rows(lse + half, i_head, start, i_q, length, step, HEADS, BM, 1, 1)
         return
@@ -77,7 +77,7 @@ def forward_kernel(
     # [BM]; a finite lowest maximum: what no key was seen for stays 0 and does not become NaN
     b_max = tl.full([BM], -1e30, tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
-    if PAIR:
+    if DUAL:
         b_q_dot = load_tile(q + q_half, q_row, start, i_q, used, BM, D, BD)
         b_o_dot = tl.zeros([BM, BD], tl.float32)
         b_mu = tl.zeros([BM], tl.float32)
@@ -97,7 +97,7 @@ def forward_kernel(
         b_p = tl.exp(b_s - b_max[:, None])
         b_shrink = tl.exp(b_max_before - b_max)
         b_sum = b_shrink * b_sum + tl.sum(b_p, 1)
-        if PAIR:
+        if DUAL:
             b_k_dot = load_tile(k + k_half, k_row, start_k, i_k, used, BN, D, BD)
             b_v_dot = load_tile(v + v_half, v_row, start_k, i_k, used, BN, D, BD)
             b_s_dot = scale * outer(b_q_dot, b_k, outer(b_q, b_k_dot))
@@ -114,6 +114,6 @@ def forward_kernel(
     b_sum = tl.where(m_q, b_sum, float("inf"))
     store_tile(o, b_o / b_sum[:, None], i_head, start, i_q, length, HEADS, BM, D, BD)
     store_statistic(lse, tl.where(m_q, b_max + tl.log(b_sum), 0.0), i_head, start, i_q, length, HEADS, BM)
-    if PAIR:
+    if DUAL:
         store_tile(o + half * D, b_o_dot / b_sum[:, None], i_head, start, i_q, length, HEADS, BM, D, BD)
         store_statistic(lse + half, tl.where(m_q, b_mu, 0.0), i_head, start, i_q, length, HEADS, BM)

@@ -1,4 +1,4 @@
-"""Attention of a pair in Triton: the launchers and their table of configurations."""
+"""Attention of a dual in Triton: the launchers and their table of configurations."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from sap_fast.ops.attention.backward_kernels import delta_kernel, key_kernel, qu
 from sap_fast.ops.attention.forward_kernel import forward_kernel
 
 # Queries and keys of a tile, and warps, by architecture and the least width that holds the head dimension. Columns:
-# of a pair the forward, dq, dk and dv; without tangents the forward, dq, and dk with dv. How chosen: README.md.
+# of a dual the forward, dq, dk and dv; without tangents the forward, dq, and dk with dv. How chosen: README.md.
 _BFLOAT16 = {
     ("sm_80", 64): ((128, 32, 8), (128, 32, 8), (32, 128, 8), (32, 128, 8), (128, 64, 8), (128, 64, 8), (64, 128, 8)),
     ("sm_80", 128): ((128, 16, 8), (32, 32, 8), (16, 128, 8), (32, 64, 4), (128, 64, 8), (128, 32, 8), (32, 64, 4)),
@@ -58,7 +58,7 @@ def configuration(arch: str, kernel: str, tangents: bool, block: int, dtype: tor
     Args:
         arch: see ``_library.architecture``.
         kernel: ``"forward"``, ``"dq"``, ``"dk"`` and ``"dv"``, or, without tangents, ``"dkdv"``.
-        tangents: whether the kernel has those: of a pair in the forward, of full mode in the backward.
+        tangents: whether the kernel has those: of a dual in the forward, of full mode in the backward.
         block: the head dimension as a power of two.
         dtype: of storage.
     """
@@ -90,15 +90,15 @@ def forward(
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
     halves, rows, heads, d = q.shape
     o, lse = empty(q, *q.shape), empty(q, halves, rows, heads, dtype=torch.float32)
-    pair, block = halves == 2, power_of_2(d, 16)
-    chosen = configuration(str(architecture(q.device)), "forward", pair, block, q.dtype)
+    dual, block = halves == 2, power_of_2(d, 16)
+    chosen = configuration(str(architecture(q.device)), "forward", dual, block, q.dtype)
     launch(
         forward_kernel,
         _grid(chosen.blocks["BM"], rows, max_seqlen, heads, cu_seqlens),
         chosen,
         *(q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], o, lse),
         *(cu_seqlens, seqused, cu_seqlens_k, rows, _rows_of_keys(k, cu_seqlens_k), scale),
-        PAIR=pair,
+        DUAL=dual,
         WINDOW=window,
         HEADS=heads,
         GROUP=heads // k.shape[2],

@@ -20,7 +20,7 @@ def primal(
 ) -> tuple[Tensor, Tensor]:
     """``o = softmax(scale q k^T + mask) v`` within each sequence, and the log-sum-exp of its scores.
 
-    The tangent of the log-sum-exp is ``mu = rowsum(P S_dot)``, the row statistic of the pair's backward.
+    The tangent of the log-sum-exp is ``mu = rowsum(P S_dot)``, the row statistic of the dual's backward.
 
     Args:
         q: ``[rows, heads, head_dim]``; k, v: ``[rows or those of cu_seqlens_k, kv_heads, head_dim]``.

@@ -1,4 +1,4 @@
-"""Gated linear unit of a pair: SwiGLU (``silu``) and GeGLU (``gelu``, ``gelu_tanh``)."""
+"""Gated linear unit of a dual: SwiGLU (``silu``) and GeGLU (``gelu``, ``gelu_tanh``)."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from sap_fast.ops._library import (
     Mode,
     check_device,
     check_dtype,
-    check_pair,
+    check_dual,
     check_shape,
     define,
     may_overwrite,
@@ -42,8 +42,8 @@ def glu(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, but is {activation!r}")
-    check_pair("gate", gate, gate_dot, 2)
-    check_pair("up", up, up_dot, 2)
+    check_dual("gate", gate, gate_dot, 2)
+    check_dual("up", up, up_dot, 2)
     check_shape("up", up, tuple(gate.shape))
     check_dtype("up", up, "gate", gate)
     check_device("up", up, "gate", gate)

@@ -26,7 +26,7 @@ def _case(
 CASES = OpCases(
     name="glu",
     outputs=("y",),
-    call=lambda pairs, c: [glu(*pairs["gate"], *pairs["up"], **c)],
+    call=lambda duals, c: [glu(*duals["gate"], *duals["up"], **c)],
     primal=lambda xs, c: primal(xs["gate"], xs["up"], **c),
     cases=[
         _case(1, 1),

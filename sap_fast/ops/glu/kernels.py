@@ -1,4 +1,4 @@
-"""Gated linear units of a pair in Triton: elementwise, over halves that are flat buffers."""
+"""Gated linear units of a dual in Triton: elementwise, over halves that are flat buffers."""
 
 import triton
 import triton.language as tl
@@ -43,7 +43,7 @@ def activate(g, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    gate, up, y, half, gate_half, up_half, ACTIVATION: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr
+    gate, up, y, half, gate_half, up_half, ACTIVATION: tl.constexpr, DUAL: tl.constexpr, BLOCK: tl.constexpr
 ):
     """``y = s u``, ``y_dot = s' g_dot u + s u_dot``. A half has ``half`` elements."""
     # [BLOCK]
@@ -53,7 +53,7 @@ def forward_kernel(
     b_u = tl.load(up + o, mask=m, other=0.0).to(tl.float32)
     b_s, b_s_1, _ = activate(b_g, ACTIVATION)
     tl.store(y + o, b_s * b_u, mask=m)
-    if PAIR:
+    if DUAL:
         b_g_dot = tl.load(gate + gate_half + o, mask=m, other=0.0).to(tl.float32)
         b_u_dot = tl.load(up + up_half + o, mask=m, other=0.0).to(tl.float32)
         tl.store(y + half + o, b_s_1 * b_g_dot * b_u + b_s * b_u_dot, mask=m)
@@ -117,7 +117,7 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         chosen,
         *(gate, up, y, half, gate.stride(0), up.stride(0)),
         ACTIVATION=activation,
-        PAIR=len(gate) == 2,
+        DUAL=len(gate) == 2,
     )
     return y
 

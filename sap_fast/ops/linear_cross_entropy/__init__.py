@@ -1,4 +1,4 @@
-"""Output head and cross-entropy of a pair, over labelled rows only; the logits never exist as a whole."""
+"""Output head and cross-entropy of a dual, over labelled rows only; the logits never exist as a whole."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from sap_fast.dual import halves, pullback, pushforward, stacked
 from sap_fast.ops._library import (
     Mode,
     check_device,
-    check_pair,
+    check_dual,
     check_shape,
     compute_dtype,
     define,
@@ -47,7 +47,7 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
-    check_pair("x", x, x_dot, 2)
+    check_dual("x", x, x_dot, 2)
     check_shape("weight", weight, (weight.shape[0], x.shape[1]))
     check_device("weight", weight, "x", x)
     check_shape("targets", targets, (x.shape[0],))

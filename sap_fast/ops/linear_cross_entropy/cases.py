@@ -23,10 +23,10 @@ def _case(rows: int, vocab: int, d: int, name: str = "", *, peak: float = 0.0, p
 CASES = OpCases(
     name="linear_cross_entropy",
     outputs=("nll",),
-    call=lambda pairs, c: [linear_cross_entropy(*pairs["x"], **c)],
+    call=lambda duals, c: [linear_cross_entropy(*duals["x"], **c)],
     primal=lambda xs, c: primal(xs["x"], **c),
     # The backward's products are formed in the forward.
-    products=Products(forward=2, backward=0, pair_forward=4, pair_backward=0),
+    products=Products(forward=2, backward=0, dual_forward=4, dual_backward=0),
     cases=[
         _case(1, 1, 1),
         _case(0, 11, 8),

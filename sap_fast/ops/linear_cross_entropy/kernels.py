@@ -1,4 +1,4 @@
-"""Output head and cross-entropy of a pair: torch's matrix product, chunk by chunk, and its row kernels in Triton."""
+"""Output head and cross-entropy of a dual: torch's matrix product, chunk by chunk, and its row kernels in Triton."""
 
 from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ def vocab_config(arch: str) -> Config:
 
 @triton.jit(do_not_specialize=["out_half"])
 def statistics_kernel(
-    z, targets, nll, lse, z_half, out_half, VOCAB: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr
+    z, targets, nll, lse, z_half, out_half, VOCAB: tl.constexpr, DUAL: tl.constexpr, BLOCK: tl.constexpr
 ):
     """``lse = log sum exp z``, ``nll = lse - z_y``; ``lse_dot = sum p z_dot``, ``nll_dot = lse_dot - z_dot_y``.
 
@@ -41,7 +41,7 @@ def statistics_kernel(
         b_new = tl.maximum(b_max, b_z)
         b_old, b_p = tl.exp(b_max - b_new), tl.exp(b_z - b_new)
         b_sum = b_sum * b_old + b_p
-        if PAIR:
+        if DUAL:
             b_z_dot = tl.load(p_z + z_half + o, mask=m, other=0.0)
             b_sum_dot = b_sum_dot * b_old + b_p * b_z_dot
         b_max = b_new
@@ -54,7 +54,7 @@ def statistics_kernel(
     m_target = (i_target >= 0) & (i_target < VOCAB)
     tl.store(lse + i_row, b_lse)
     tl.store(nll + i_row, b_lse - tl.load(p_z + i_target, mask=m_target, other=float("nan")))
-    if PAIR:
+    if DUAL:
         b_lse_dot = tl.sum(b_sum_dot * b_scale, 0) / total
         b_target_dot = tl.load(p_z + z_half + i_target, mask=m_target, other=float("nan"))
         tl.store(lse + out_half + i_row, b_lse_dot)
@@ -122,7 +122,7 @@ def forward(x: Tensor, weight: Tensor, targets: Tensor, grads: int) -> tuple[Ten
             chosen,
             *(z, targets[part], nll[:, part], lse[:, part], count * vocab, rows),
             VOCAB=vocab,
-            PAIR=halves == 2,
+            DUAL=halves == 2,
         )
         if grads:
             dz = empty(x, grads * count, vocab)

@@ -22,7 +22,7 @@ def primal(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
 
 
 def combined(dnll: Tensor, basis: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dx_dot = dnll_dot g``, ``dx = dnll g + dnll_dot t``, where ``basis[-1]`` is g and, of a pair, ``basis[0]`` t.
+    """``dx_dot = dnll_dot g``, ``dx = dnll g + dnll_dot t``, where ``basis[-1]`` is g and, of a dual, ``basis[0]`` t.
 
     Args:
         dnll: ``[n, rows]``; basis: ``[n, rows, d]``, or of two halves; both float32 (float64).

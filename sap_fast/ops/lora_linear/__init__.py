@@ -1,4 +1,4 @@
-"""Frozen linear maps with LoRA adapters on a pair; all maps that share an input in one op (q, k, v; gate, up)."""
+"""Frozen linear maps with LoRA adapters on a dual; all maps that share an input in one op (q, k, v; gate, up)."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from sap_fast.ops._library import (
     Mode,
     check_device,
     check_dtype,
-    check_pair,
+    check_dual,
     check_shape,
     split_cotangent,
     stacked_cotangent,
@@ -31,7 +31,7 @@ class LoRATarget(NamedTuple):
     ``a_dot, b_dot``: the direction u in the space of a and b (float32), or None in an ordinary pass. ``scaling``
     is alpha / rank, or alpha / sqrt(rank) for rsLoRA. ``dropout`` is its probability, ``salt`` tells the masks
     of different modules apart. ``float8``: the weight in float8, where some of its products are to be formed in that;
-    :func:`lora_linear` itself does not look at it (see ``together.py``).
+    :func:`lora_linear` itself does not look at it (see ``grouped.py``).
     """
 
     weight: Tensor
@@ -51,7 +51,7 @@ def lora_linear(
 ) -> list[tuple[Tensor, Tensor | None]]:
     """``y = W x + bias + s B A x`` and ``y_dot = W x_dot + s (B A x_dot + B_dot A x + B A_dot x)`` for each target.
 
-    In a pair, the gradient of L_dot with respect to ``a_dot`` and ``b_dot`` is ``grad_A L`` and ``grad_B L``, the
+    In a dual, the gradient of L_dot with respect to ``a_dot`` and ``b_dot`` is ``grad_A L`` and ``grad_B L``, the
     ordinary gradients; ``a`` and ``b`` themselves are constants there, since SAP has no use for their cotangent
     (a Hessian-vector product). In an ordinary pass the gradients go to ``a`` and ``b``. W and bias are frozen.
 
@@ -82,7 +82,7 @@ def lora_linear(
 
 def check_targets(x: Tensor, x_dot: Tensor | None, targets: Sequence[LoRATarget], seed: Tensor | None) -> None:
     """Refuse what :func:`lora_linear` cannot take."""
-    check_pair("x", x, x_dot, 2)
+    check_dual("x", x, x_dot, 2)
     for target in targets:
         _check_target(x, x_dot, target)
     if seed is None and any(target.dropout for target in targets):
@@ -111,7 +111,7 @@ def _check_target(x: Tensor, x_dot: Tensor | None, target: LoRATarget) -> None:
         check_device("a", a, "x", x)
         check_device("b", b, "x", x)
         if (x_dot is None) != (a_dot is None) or (x_dot is None) != (b_dot is None):
-            raise ValueError("a_dot and b_dot belong to a pair: give both with x_dot, and neither without")
+            raise ValueError("a_dot and b_dot belong to a dual: give both with x_dot, and neither without")
         if a_dot is not None and b_dot is not None:
             check_shape("a_dot", a_dot, tuple(a.shape))
             check_shape("b_dot", b_dot, tuple(b.shape))
@@ -159,7 +159,7 @@ class _LoRALinear(torch.autograd.Function):
         grads: list[Tensor | None] = []
         for i, (da, db) in enumerate(zip(das, dbs, strict=True)):
             need_a, need_b, need_a_dot, need_b_dot = ctx.needs_input_grad[4 + 6 * i + 2 : 4 + 6 * i + 6]
-            # The ordinary gradient: of the adapter in an ordinary pass, of its direction in a pair.
+            # The ordinary gradient: of the adapter in an ordinary pass, of its direction in a dual.
             if ctx.mode is Mode.SINGLE:
                 grads += [None, None, da if need_a else None, db if need_b else None, None, None]
             else:

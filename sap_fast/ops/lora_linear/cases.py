@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sap_fast.ops._cases import FEW, MANY, REAL_MODELS, Case, OpCases, Pair, Size, Sizes, Widths, normal
+from sap_fast.ops._cases import FEW, MANY, REAL_MODELS, Case, Dual, OpCases, Size, Sizes, Widths, normal
 from sap_fast.ops.lora_linear import LoRATarget, dropout_mask, lora_linear
 from sap_fast.ops.lora_linear.reference import primal
 
@@ -58,14 +58,14 @@ def _salt(i: int) -> int:
     return (3, 4, 2**62 + 0xABCDEF)[i]
 
 
-def _call(pairs: dict[str, Pair], c: dict) -> list[Pair]:
+def _call(duals: dict[str, Dual], c: dict) -> list[Dual]:
     targets = []
     for i in range(_MOST_TARGETS):
         if f"weight{i}" in c:
-            (a, a_dot), (b, b_dot) = (pairs.get(f"{m}{i}", (None, None)) for m in "ab")
+            (a, a_dot), (b, b_dot) = (duals.get(f"{m}{i}", (None, None)) for m in "ab")
             adapter = (a, b, a_dot, b_dot, c["scaling"], c["dropout"], _salt(i))
             targets.append(LoRATarget(c[f"weight{i}"], c[f"bias{i}"], *adapter))
-    return lora_linear(*pairs["x"], targets, seed=c["seed"])
+    return lora_linear(*duals["x"], targets, seed=c["seed"])
 
 
 def _mask(x: Tensor, seed: Tensor, i: int, p: float) -> Tensor:
@@ -120,7 +120,7 @@ CASES = OpCases(
     ),
     typical="dropout",
     wide=_ADAPTERS,
-    # In a pair the gradient of a and b is that of their tangents; see lora_linear.
+    # In a dual the gradient of a and b is that of their tangents; see lora_linear.
     tangent_only=_ADAPTERS,
     any_shape=("seed",),  # a number
 )

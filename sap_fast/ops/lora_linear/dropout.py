@@ -1,6 +1,6 @@
 """Counter-based dropout: the mask is a pure function of (seed, salt, row, column).
 
-Both halves of a pair, the backward, a recomputed checkpoint, the outer pass of a step and every backend
+Both halves of a dual, the backward, a recomputed checkpoint, the outer pass of a step and every backend
 therefore see the same mask without storing it, and the seed may stay on the device.
 """
 

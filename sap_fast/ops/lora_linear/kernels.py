@@ -1,4 +1,4 @@
-"""LoRA linear maps of a pair: frozen products by torch, adapters by the Triton kernels of ``products.py``.
+"""LoRA linear maps of a dual: frozen products by torch, adapters by the Triton kernels of ``products.py``.
 
 Which adapters are worked on together, and in which order the halves come, is decided here. README.md derives it.
 """
@@ -219,7 +219,7 @@ def forward_(
         *((), outputs, t, *common),
         TOGETHER=0,
         EACH=len(adapters),
-        PAIR=halves == 2,
+        DUAL=halves == 2,
     )
 
 
@@ -307,7 +307,7 @@ def backward_(
             *((), dt, *common),
             TOGETHER=len(adapters),
             EACH=0,
-            PAIR=n == 2,
+            DUAL=n == 2,
         )
     _matrix_gradients(adapters, das, dbs, dys, x, t, seed, plan, tiles)
     return das, dbs

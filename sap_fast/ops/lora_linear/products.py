@@ -114,7 +114,7 @@ def _down(
     plan,
     BEGIN: tl.constexpr,
     END: tl.constexpr,
-    PAIR: tl.constexpr,
+    DUAL: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -138,7 +138,7 @@ def _down(
         # [BM, BK]
         m = m_row[:, None] & m_z[None, :]
         b_z = tl.load(p_row + o_z[None, :], mask=m, other=0.0).to(tl.float32)
-        if PAIR:
+        if DUAL:
             b_z_dot = tl.load(p_row + sides[BEGIN].z_half + o_z[None, :], mask=m, other=0.0).to(tl.float32)
         sums, sum_dots = (), ()
         for i in tl.static_range(BEGIN, END):
@@ -153,7 +153,7 @@ def _down(
                 m_kept = kept(words[i - BEGIN], o_z, sides[i].LIMIT)
                 b_kept = tl.where(m_kept, b_z, 0.0)
             sums += (tl.dot(b_kept, b_m, b_ts[i - BEGIN], input_precision=plan.PRECISION),)
-            if PAIR:
+            if DUAL:
                 b_kept_dot = b_z_dot
                 if sides[i].LIMIT >= 0:
                     b_kept_dot = tl.where(m_kept, b_z_dot, 0.0)
@@ -173,7 +173,7 @@ def _down(
         p_t = t + half * plan.HALVES * part + o_row[:, None] * plan.R + (o_r + sides[i].FIRST)[None, :]
         factor = sides[i].SCALING * sides[i].KEPT
         tl.store(p_t, b_ts[i - BEGIN] * factor, mask=m_t)
-        if PAIR:
+        if DUAL:
             tl.store(p_t + half, b_t_dots[i - BEGIN] * factor, mask=m_t)
 
 
@@ -214,7 +214,7 @@ def _expanded(
     plan,
     o_row,
     o_z,
-    PAIR: tl.constexpr,
+    DUAL: tl.constexpr,
 ):
     """Add ``t m`` and ``t_dot m + t m_dot`` to blocks ``[BM, BN]``."""
     half = rows.to(tl.int64) * plan.R
@@ -229,7 +229,7 @@ def _expanded(
         p_m = side.m + o_r[:, None] * side.m_rank + o_z[None, :] * side.m_width
         b_m = tl.load(p_m, mask=m_m, other=0.0).to(tl.float32)
         b_z = tl.dot(b_t, b_m, b_z, input_precision=plan.PRECISION)
-        if PAIR:
+        if DUAL:
             b_t_dot = _sum_of_parts(p_t + half, half * plan.HALVES, m_t, plan.PARTS)
             p_m_dot = side.m_dot + o_r[:, None] * side.m_dot_rank + o_z[None, :] * side.m_dot_width
             b_m_dot = tl.load(p_m_dot, mask=m_m, other=0.0).to(tl.float32)
@@ -247,7 +247,7 @@ def _up(
     plan,
     BEGIN: tl.constexpr,
     END: tl.constexpr,
-    PAIR: tl.constexpr,
+    DUAL: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -262,20 +262,20 @@ def _up(
     for i in tl.static_range(BEGIN, END):
         if sides[i].LIMIT >= 0:
             b_one, b_one_dot = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
-            b_one, b_one_dot = _expanded(sides[i], b_one, b_one_dot, t, rows, plan, o_row, o_z, PAIR)
+            b_one, b_one_dot = _expanded(sides[i], b_one, b_one_dot, t, rows, plan, o_row, o_z, DUAL)
             m_kept = kept(row_words(seed, sides[i].salt, o_row), o_z, sides[i].LIMIT)
             b_z += tl.where(m_kept, b_one * sides[i].KEPT, 0.0)
-            if PAIR:
+            if DUAL:
                 b_z_dot += tl.where(m_kept, b_one_dot * sides[i].KEPT, 0.0)
         else:
-            b_z, b_z_dot = _expanded(sides[i], b_z, b_z_dot, t, rows, plan, o_row, o_z, PAIR)
+            b_z, b_z_dot = _expanded(sides[i], b_z, b_z_dot, t, rows, plan, o_row, o_z, DUAL)
     if sides[BEGIN].bias is not None:
         b_z += tl.load(sides[BEGIN].bias + o_z, mask=m_z, other=0.0).to(tl.float32)[None, :]
 
     m = (o_row < rows)[:, None] & m_z[None, :]
     p_z = sides[BEGIN].z + o_row[:, None] * sides[BEGIN].z_row + o_z[None, :]
     tl.store(p_z, tl.load(p_z, mask=m, other=0.0).to(tl.float32) + b_z, mask=m)
-    if PAIR:
+    if DUAL:
         p_z += sides[BEGIN].z_half
         tl.store(p_z, tl.load(p_z, mask=m, other=0.0).to(tl.float32) + b_z_dot, mask=m)
 
@@ -290,17 +290,17 @@ def up_kernel(
     plan,
     TOGETHER: tl.constexpr,
     EACH: tl.constexpr,
-    PAIR: tl.constexpr,
+    DUAL: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     """``z += keep (t m)`` and ``z_dot += keep (t_dot m + t m_dot)`` in place; one program a tile of one stack."""
     if TOGETHER and tl.program_id(2) == 0:
-        _up(together, t, seed, rows, plan, 0, TOGETHER, PAIR, BM, BN)
+        _up(together, t, seed, rows, plan, 0, TOGETHER, DUAL, BM, BN)
     for i in tl.static_range(EACH):
         # The grid is as wide as the widest side.
         if (tl.program_id(2) == i + (TOGETHER > 0)) & (tl.program_id(0) * BN < each[i].WIDTH):
-            _up(each, t, seed, rows, plan, i, i + 1, PAIR, BM, BN)
+            _up(each, t, seed, rows, plan, i, i + 1, DUAL, BM, BN)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""A frozen linear map with a LoRA adapter: the primal alone, and the part of it that is not linear in the pair."""
+"""A frozen linear map with a LoRA adapter: the primal alone, and the part of it that is not linear in the dual."""
 
 from torch import Tensor
 from torch.nn import functional as F

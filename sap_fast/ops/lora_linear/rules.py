@@ -126,7 +126,7 @@ def _forward_flops(named: Mapping[str, Any]) -> int:
 
 def _adapter_flops(named: Mapping[str, Any], widths: Sequence[int]) -> int:
     halves, rows, width = named["x"].shape
-    # Of a pair: B A x; B A x_dot, B_dot A x, B A_dot x, which share their last product.
+    # Of a dual: B A x; B A x_dot, B_dot A x, B A_dot x, which share their last product.
     products = 1 if halves == 1 else 3
     ranks = [0 if a is None else a.shape[0] for a in named["a"]]
     return 2 * products * rows * sum(rank * (width + d_out) for rank, d_out in zip(ranks, widths, strict=True))

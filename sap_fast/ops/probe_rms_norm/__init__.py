@@ -1,4 +1,4 @@
-"""Residual + probe + RMSNorm of a pair in one op, with capture of the probe's gradients."""
+"""Residual + probe + RMSNorm of a dual in one op, with capture of the probe's gradients."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from sap_fast.ops._library import (
     Mode,
     check_device,
     check_dtype,
-    check_pair,
+    check_dual,
     check_shape,
     compute_dtype,
     define,
@@ -48,7 +48,7 @@ def probe_rms_norm(
         residual, residual_dot, update, update_dot: ``[rows, d]``, float32, bfloat16 or float64; both tangents
             None is an ordinary pass.
         probe: ``[S, d]`` (``[1, d]`` in an ordinary pass), float32, or None for a layer without a probe.
-            In a pair its tangent half is zero: the probe does not move with the weights.
+            In a dual its tangent half is zero: the probe does not move with the weights.
         weight: ``[d]``, frozen.
         eps: added to the mean square.
         offset: 0, or 1 for models that store ``weight - 1`` (Gemma).
@@ -59,8 +59,8 @@ def probe_rms_norm(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
-    check_pair("residual", residual, residual_dot, 2)
-    check_pair("update", update, update_dot, 2)
+    check_dual("residual", residual, residual_dot, 2)
+    check_dual("update", update, update_dot, 2)
     check_shape("update", update, tuple(residual.shape))
     check_dtype("update", update, "residual", residual)
     check_device("update", update, "residual", residual)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sap_fast.ops._cases import STREAMED, Case, OpCases, Pair, Sizes, normal
+from sap_fast.ops._cases import STREAMED, Case, Dual, OpCases, Sizes, normal
 from sap_fast.ops.probe_rms_norm import probe_rms_norm
 from sap_fast.ops.probe_rms_norm.reference import primal
 
@@ -29,11 +29,11 @@ def _case(
     return Case(name or f"{rows}x{d}", make, purpose)
 
 
-def _call(pairs: dict[str, Pair], c: dict) -> list[Pair]:
-    v, v_dot = pairs.get("probe", (None, None))
+def _call(duals: dict[str, Dual], c: dict) -> list[Dual]:
+    v, v_dot = duals.get("probe", (None, None))
     # A stack made of two leaves, so that autograd hands each half its own cotangent.
     probe = v if v is None else v[None] if v_dot is None else torch.stack((v, v_dot))
-    h, h_dot, y, y_dot, _ = probe_rms_norm(*pairs["residual"], *pairs["update"], probe, **c)
+    h, h_dot, y, y_dot, _ = probe_rms_norm(*duals["residual"], *duals["update"], probe, **c)
     return [(h, h_dot), (y, y_dot)]
 
 

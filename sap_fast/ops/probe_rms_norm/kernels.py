@@ -1,4 +1,4 @@
-"""Residual + probe + RMSNorm of a pair in Triton; its formulas are ``norm`` and ``norm_backward`` of rms_norm."""
+"""Residual + probe + RMSNorm of a dual in Triton; its formulas are ``norm`` and ``norm_backward`` of rms_norm."""
 
 import torch
 import triton
@@ -38,7 +38,7 @@ def forward_kernel(
     rows,
     eps,
     OFFSET: tl.constexpr,
-    PAIR: tl.constexpr,
+    DUAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -62,7 +62,7 @@ def forward_kernel(
         b_h += tl.load(probe + o_d, mask=m_d, other=0.0)[None, :]
     # The norm reads what the residual stream carries on, which is rounded to storage.
     b_h = b_h.to(h.dtype.element_ty).to(tl.float32)
-    if PAIR:
+    if DUAL:
         b_h_dot = tl.load(p_residual + residual_half, mask=m, other=0.0).to(tl.float32)
         b_h_dot += tl.load(p_update + update_half, mask=m, other=0.0).to(tl.float32)
         if probe is not None:
@@ -70,14 +70,14 @@ def forward_kernel(
         b_h_dot = b_h_dot.to(h.dtype.element_ty).to(tl.float32)
     else:
         b_h_dot = b_h
-    b_y, b_y_dot, b_rstd, b_rstd_dot = norm(b_h, b_h_dot, b_gain, eps, D, PAIR)
+    b_y, b_y_dot, b_rstd, b_rstd_dot = norm(b_h, b_h_dot, b_gain, eps, D, DUAL)
 
     o_out = o_row * D + o_d[None, :]
     half = rows.to(tl.int64) * D
     tl.store(h + o_out, b_h, mask=m)
     tl.store(y + o_out, b_y, mask=m)
     tl.store(rstd + o_row, b_rstd[:, None], mask=o_row < rows)
-    if PAIR:
+    if DUAL:
         tl.store(h + half + o_out, b_h_dot, mask=m)
         tl.store(y + half + o_out, b_y_dot, mask=m)
         tl.store(rstd + rows + o_row, b_rstd_dot[:, None], mask=o_row < rows)
@@ -189,7 +189,7 @@ def forward(
         None if probe is None else probe.to(torch.float32).contiguous(),
         *(weight.contiguous(), h, y, rstd, rows, eps),
         OFFSET=offset,
-        PAIR=halves == 2,
+        DUAL=halves == 2,
         **shape._asdict(),
     )
     return h, y, rstd

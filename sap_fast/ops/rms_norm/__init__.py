@@ -1,4 +1,4 @@
-"""RMSNorm of a pair, at any width: q/k norms, sandwich norms, the first norm of a model."""
+"""RMSNorm of a dual, at any width: q/k norms, sandwich norms, the first norm of a model."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from sap_fast.dual import halves, pullback, pushforward, stacked
 from sap_fast.ops._library import (
     Mode,
     check_device,
-    check_pair,
+    check_dual,
     check_shape,
     compute_dtype,
     define,
@@ -26,7 +26,7 @@ __all__ = ["rms_norm"]
 def rms_norm(
     x: Tensor, x_dot: Tensor | None, weight: Tensor, *, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
-    """Normalise each row of a pair: ``y = (offset + weight) x rstd`` and its tangent ``y_dot``.
+    """Normalise each row of a dual: ``y = (offset + weight) x rstd`` and its tangent ``y_dot``.
 
     Args:
         x, x_dot: ``[rows, d]``, float32, bfloat16 or float64; ``x_dot=None`` is an ordinary pass.
@@ -40,7 +40,7 @@ def rms_norm(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
-    check_pair("x", x, x_dot, 2)
+    check_dual("x", x, x_dot, 2)
     check_shape("weight", weight, (x.shape[1],))
     check_device("weight", weight, "x", x)
     return _RMSNorm.apply(x, x_dot, weight, eps, offset)

@@ -27,7 +27,7 @@ def _case(
 CASES = OpCases(
     name="rms_norm",
     outputs=("y",),
-    call=lambda pairs, c: [rms_norm(*pairs["x"], **c)],
+    call=lambda duals, c: [rms_norm(*duals["x"], **c)],
     primal=lambda xs, c: primal(xs["x"], **c)[:1],
     cases=[
         # In width 1 the terms of the tangent cancel but for eps / (x^2 + eps) of them.

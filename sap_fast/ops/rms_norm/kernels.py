@@ -1,4 +1,4 @@
-"""RMSNorm of a pair in Triton. ``norm`` and ``norm_backward`` are the formulas; probe_rms_norm uses them too."""
+"""RMSNorm of a dual in Triton. ``norm`` and ``norm_backward`` are the formulas; probe_rms_norm uses them too."""
 
 from typing import NamedTuple
 
@@ -35,12 +35,12 @@ def row_config(arch: str, shape: Shape) -> Config:
 
 
 @triton.jit
-def norm(b_h, b_h_dot, b_gain, eps, D: tl.constexpr, PAIR: tl.constexpr):
+def norm(b_h, b_h_dot, b_gain, eps, D: tl.constexpr, DUAL: tl.constexpr):
     """``y = gain h rstd``, ``y_dot = gain (h_dot rstd + h rstd_dot)``; all blocks in float32, h ``[ROWS, BLOCK]``."""
     # [ROWS]
     rstd = tl.rsqrt(tl.sum(b_h * b_h, 1) / D + eps)
     b_y = b_gain * b_h * rstd[:, None]
-    if PAIR:
+    if DUAL:
         rstd_dot = -rstd * rstd * rstd * (tl.sum(b_h * b_h_dot, 1) / D)
         b_y_dot = b_gain * (b_h_dot * rstd[:, None] + b_h * rstd_dot[:, None])
     else:
@@ -82,7 +82,7 @@ def forward_kernel(
     rows,
     eps,
     OFFSET: tl.constexpr,
-    PAIR: tl.constexpr,
+    DUAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -96,14 +96,14 @@ def forward_kernel(
     # [ROWS, BLOCK]
     p_x = x + o_row * x_row + o_d[None, :]
     b_x = tl.load(p_x, mask=m, other=0.0).to(tl.float32)
-    b_x_dot = tl.load(p_x + x_half, mask=m, other=0.0).to(tl.float32) if PAIR else b_x
-    b_y, b_y_dot, b_rstd, b_rstd_dot = norm(b_x, b_x_dot, b_gain[None, :], eps, D, PAIR)
+    b_x_dot = tl.load(p_x + x_half, mask=m, other=0.0).to(tl.float32) if DUAL else b_x
+    b_y, b_y_dot, b_rstd, b_rstd_dot = norm(b_x, b_x_dot, b_gain[None, :], eps, D, DUAL)
 
     half = rows.to(tl.int64) * D
     p_y = y + o_row * D + o_d[None, :]
     tl.store(p_y, b_y, mask=m)
     tl.store(rstd + o_row, b_rstd[:, None], mask=o_row < rows)
-    if PAIR:
+    if DUAL:
         tl.store(p_y + half, b_y_dot, mask=m)
         tl.store(rstd + rows + o_row, b_rstd_dot[:, None], mask=o_row < rows)
 
@@ -166,7 +166,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tenso
         row_config(str(architecture(x.device)), shape),
         *(x, *stack_strides(x), weight.contiguous(), y, rstd, rows, eps),
         OFFSET=offset,
-        PAIR=halves == 2,
+        DUAL=halves == 2,
         **shape._asdict(),
     )
     return y, rstd

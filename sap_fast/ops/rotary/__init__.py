@@ -1,4 +1,4 @@
-"""Rotary position embedding of query and key pairs; grouped heads, partial rotary."""
+"""Rotary position embedding of query and key duals; grouped heads, partial rotary."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from sap_fast.ops._library import (
     Mode,
     check_device,
     check_dtype,
-    check_pair,
+    check_dual,
     check_shape,
     define,
     row_wise,
@@ -26,7 +26,7 @@ __all__ = ["rotary"]
 def rotary(
     q: Tensor, q_dot: Tensor | None, k: Tensor, k_dot: Tensor | None, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Rotate query and key pairs by their position's angles. The map is linear: both halves turn alike.
+    """Rotate query and key duals by their position's angles. The map is linear: both halves turn alike.
 
     Args:
         q, q_dot: ``[rows, heads, head_dim]``; k, k_dot: ``[rows, kv_heads, head_dim]``; float32, bfloat16 or
@@ -39,8 +39,8 @@ def rotary(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
-    check_pair("q", q, q_dot, 3)
-    check_pair("k", k, k_dot, 3)
+    check_dual("q", q, q_dot, 3)
+    check_dual("k", k, k_dot, 3)
     check_shape("k", k, (q.shape[0], k.shape[1], q.shape[2]))
     check_dtype("k", k, "q", q)
     check_device("k", k, "q", q)

@@ -2,7 +2,7 @@
 
 import torch
 
-from sap_fast.ops._cases import STREAMED, Case, OpCases, Pair, Sizes, normal
+from sap_fast.ops._cases import STREAMED, Case, Dual, OpCases, Sizes, normal
 from sap_fast.ops.rotary import rotary
 from sap_fast.ops.rotary.reference import primal
 
@@ -31,8 +31,8 @@ def _case(
     return Case(name or f"{rows}x{heads}x{kv_heads}x{head_dim}", make, purpose)
 
 
-def _call(pairs: dict[str, Pair], c: dict) -> list[Pair]:
-    q, q_dot, k, k_dot = rotary(*pairs["q"], *pairs["k"], **c)
+def _call(duals: dict[str, Dual], c: dict) -> list[Dual]:
+    q, q_dot, k, k_dot = rotary(*duals["q"], *duals["k"], **c)
     return [(q, q_dot), (k, k_dot)]
 
 

@@ -1,4 +1,4 @@
-"""Rotary embedding of query and key pairs in Triton: both halves of both tensors in one launch."""
+"""Rotary embedding of query and key duals in Triton: both halves of both tensors in one launch."""
 
 import triton
 import triton.language as tl
@@ -77,7 +77,7 @@ def rotary_kernel(
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
-    PAIR: tl.constexpr,
+    DUAL: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_KV_HEADS: tl.constexpr,
@@ -97,7 +97,7 @@ def rotary_kernel(
 
     p_q, p_k = q + i_row * q_row, k + i_row * k_row
     p_q_out, p_k_out = q_out + i_row * (HEADS * D), k_out + i_row * (KV_HEADS * D)
-    for i_half in tl.static_range(2 if PAIR else 1):
+    for i_half in tl.static_range(2 if DUAL else 1):
         half = rows.to(tl.int64) * i_half
         rotate(
             *(p_q + i_half * q_half, p_q_out + half * (HEADS * D), b_cos, b_cos_2, b_sin, b_sin_2, q_head),
@@ -129,7 +129,7 @@ def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool) -
         KV_HEADS=kv_heads,
         D=d,
         R=rotary_dim,
-        PAIR=halves == 2,
+        DUAL=halves == 2,
         TRANSPOSED=transposed,
         **blocks,
     )

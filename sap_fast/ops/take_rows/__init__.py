@@ -1,4 +1,4 @@
-"""Rows of pairs, taken by an index: from rows that sequences share to the sequences, and back."""
+"""Rows of duals, taken by an index: from rows that sequences share to the sequences, and back."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from sap_fast.dual import halves, stacked
 from sap_fast.ops._library import (
     Mode,
     check_device,
-    check_pair,
+    check_dual,
     check_shape,
     compute_dtype,
     define,
@@ -51,36 +51,36 @@ class RowIndex(NamedTuple):
         return cls(*map(torch.from_numpy, (rows, offsets, rows.argsort(kind="stable"))))
 
 
-def take_rows(pairs: Sequence[tuple[Tensor, Tensor | None]], index: RowIndex) -> list[tuple[Tensor, Tensor | None]]:
-    """``y[i] = x[rows[i]]`` of each pair, both halves alike; in the backward each row sums up what it gets back.
+def take_rows(duals: Sequence[tuple[Tensor, Tensor | None]], index: RowIndex) -> list[tuple[Tensor, Tensor | None]]:
+    """``y[i] = x[rows[i]]`` of each dual, both halves alike; in the backward each row sums up what it gets back.
 
     The sums are in float32 (float64 for float64), in the order of ``takers``: the same bits in every run.
 
     Args:
-        pairs: ``(x, x_dot)``, each ``[count, ...]``, float32, bfloat16 or float64; all ``x_dot`` None in an ordinary
+        duals: ``(x, x_dot)``, each ``[count, ...]``, float32, bfloat16 or float64; all ``x_dot`` None in an ordinary
             pass.
         index: see :class:`RowIndex`. Its numbers are not checked on a GPU.
 
     Returns:
-        ``(y, y_dot)`` for each pair, ``[taken, ...]``.
+        ``(y, y_dot)`` for each dual, ``[taken, ...]``.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
-    if not pairs:
+    if not duals:
         return []
     count = index.offsets.shape[0] - 1
     for name, part in zip(RowIndex._fields, index, strict=True):
         if part.dtype != torch.int64 or part.ndim != 1:
             raise TypeError(f"{name} must be int64 of one dimension, but is {part.dtype} {tuple(part.shape)}")
     check_shape("takers", index.takers, tuple(index.rows.shape))
-    for x, x_dot in pairs:
-        check_pair("x", x, x_dot, max(x.ndim, 2))  # rows have some width
+    for x, x_dot in duals:
+        check_dual("x", x, x_dot, max(x.ndim, 2))  # rows have some width
         check_shape("x", x, (count, *x.shape[1:]))
         check_device("rows", index.rows, "x", x)
-        if (x_dot is None) != (pairs[0][1] is None):
-            raise ValueError("all pairs must have a tangent, or none; pass zeros where it is zero")
-    ys = _TakeRows.apply(*index, *(half for pair in pairs for half in pair))
+        if (x_dot is None) != (duals[0][1] is None):
+            raise ValueError("all duals must have a tangent, or none; pass zeros where it is zero")
+    ys = _TakeRows.apply(*index, *(half for dual in duals for half in dual))
     return list(zip(ys[0::2], ys[1::2], strict=True))
 
 

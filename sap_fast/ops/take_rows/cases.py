@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sap_fast.ops._cases import Case, OpCases, Pair, Sizes, Widths, normal
+from sap_fast.ops._cases import Case, Dual, OpCases, Sizes, Widths, normal
 from sap_fast.ops.take_rows import RowIndex, take_rows
 from sap_fast.ops.take_rows.reference import primal
 
@@ -34,8 +34,8 @@ def _of_model(w: Widths, rows: int, _: int) -> Case:
     return _case(str(rows), rows, [i % rows for i in range(rows + rows // 2)], [(w.kv_heads, w.head_dim)] * 2)
 
 
-def _call(pairs: dict[str, Pair], c: dict) -> list[Pair]:
-    return take_rows([*pairs.values()], c["index"])
+def _call(duals: dict[str, Dual], c: dict) -> list[Dual]:
+    return take_rows([*duals.values()], c["index"])
 
 
 _KV_7B = [(32, 128), (32, 128)]

@@ -9,7 +9,7 @@ from conftest import DEVICES
 from torch import Tensor
 
 from sap_fast import _C
-from sap_fast.ops import LoRATarget, Part, lora_linear, lora_linear_together
+from sap_fast.ops import Group, LoRATarget, lora_linear, lora_linear_grouped
 from sap_fast.ops._library import references_on_cpu
 
 f64 = torch.float64
@@ -28,7 +28,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cpu"
 
 
-def posed(device: str, rows: tuple[int, ...] = (5, 7, 4), *, pair: bool = True) -> list[Part]:
+def posed(device: str, rows: tuple[int, ...] = (5, 7, 4), *, pair: bool = True) -> list[Group]:
     """Streams through the same frozen maps, each with adapters, dropout and a seed of its own; the first is a pair."""
     rng = torch.Generator().manual_seed(0)
 
@@ -47,11 +47,11 @@ def posed(device: str, rows: tuple[int, ...] = (5, 7, 4), *, pair: bool = True) 
             tangents = (a_dot, b_dot) if paired else (None, None)
             targets.append(LoRATarget(weight, bias, a, b, *tangents, 0.5 + i, 0.3 * (i != 1), j + 1))
         seed = torch.tensor(7 + i, device=device)
-        parts.append(Part(normal(count, 6), normal(count, 6) if paired else None, targets, seed))
+        parts.append(Group(normal(count, 6), normal(count, 6) if paired else None, targets, seed))
     return parts
 
 
-def results(parts: list[Part], of: list[list[Any]]) -> list[Tensor]:
+def results(parts: list[Group], of: list[list[Any]]) -> list[Tensor]:
     """The outputs and, at random cotangents, the gradients of everything that requires grad."""
     outputs = [y for pairs in of for pair in pairs for y in pair if y is not None]
     rng = torch.Generator().manual_seed(1)
@@ -64,11 +64,11 @@ def results(parts: list[Part], of: list[list[Any]]) -> list[Tensor]:
     return [*outputs, *(torch.zeros(()) if grad is None else grad for grad in found)]
 
 
-def constant_x(part: Part) -> Part:
+def constant_x(part: Group) -> Group:
     return part._replace(x=part.x.detach())
 
 
-def constant(part: Part) -> Part:
+def constant(part: Group) -> Group:
     return part._replace(x=part.x.detach(), x_dot=None if part.x_dot is None else part.x_dot.detach())
 
 
@@ -87,8 +87,8 @@ MODES = {
 @pytest.mark.parametrize("pair", [False, True])
 def test_each_gets_what_it_gets_alone(mode: str, pair: bool, device: str) -> None:
     parts = MODES[mode](posed(device, pair=pair))
-    together = results(parts, lora_linear_together(parts))
-    alone = results(parts, [lora_linear_together([part])[0] for part in parts])
+    together = results(parts, lora_linear_grouped(parts))
+    alone = results(parts, [lora_linear_grouped([part])[0] for part in parts])
     assert len(together) == len(alone) > 12
     for found, expected in zip(together, alone, strict=True):
         # Sums of 6 products, or of some rows, in another order.
@@ -98,13 +98,13 @@ def test_each_gets_what_it_gets_alone(mode: str, pair: bool, device: str) -> Non
 def test_what_is_not_used_counts_as_zero(device: str) -> None:
     parts = posed(device)
     leaf = parts[1].x
-    ys = lora_linear_together(parts)
+    ys = lora_linear_grouped(parts)
     (found,) = torch.autograd.grad(ys[1][2][0].sum(), leaf)
-    (expected,) = torch.autograd.grad(lora_linear_together([parts[1]])[0][2][0].sum(), leaf)
+    (expected,) = torch.autograd.grad(lora_linear_grouped([parts[1]])[0][2][0].sum(), leaf)
     torch.testing.assert_close(found, expected, **ROUNDING)
 
 
-def constants(part: Part) -> tuple:
+def constants(part: Group) -> tuple:
     adapters = ([target[j] for target in part.targets] for j in range(2, 6))
     detached = ([t if t is None else t.detach() for t in of] for of in adapters)
     numbers = ([target[j] for target in part.targets] for j in range(6, 9))
@@ -170,7 +170,7 @@ def test_without_adapters_no_input_is_kept() -> None:
     for target, shapes in ((LoRATarget(weight), set()), (LoRATarget(weight, None, a, b), {(1, 5, 8)})):
         for call in (
             lambda t=target: lora_linear(x, None, [t]),
-            lambda t=target: lora_linear_together([Part(x, None, [t]), Part(x, None, [t])])[1],
+            lambda t=target: lora_linear_grouped([Group(x, None, [t]), Group(x, None, [t])])[1],
         ):
             kept.clear()
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):

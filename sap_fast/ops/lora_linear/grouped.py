@@ -1,10 +1,10 @@
 """lora_linear on several streams at once: their frozen products are one, whatever each of them carries.
 
 The rows of all streams lie one after another, and each weight is multiplied by all of them in one product, forward and
-backward. Adapters, which take other rules in an ordinary pass than in a pair, are added to each stream by itself.
+backward. Adapters, which take other rules in an ordinary pass than in a dual, are added to each stream by itself.
 
 Where targets hold a weight in float8, two products take the place of one: in float8 are all rows of ordinary streams,
-the tangent halves in the forward and, in the backward, the cotangents of primal halves. So the values of a pair, and
+the tangent halves in the forward and, in the backward, the cotangents of primal halves. So the values of a dual, and
 the cotangents of its tangents, which are the ordinary gradient, are those of a pass without float8: in every bit, where
 the order of a product's sums does not depend on how many rows there are.
 """
@@ -21,10 +21,10 @@ from sap_fast.ops._library import Mode, compute_dtype, split_cotangent, stacked_
 from sap_fast.ops.lora_linear import LoRATarget, check_targets, lora_linear, needed_of
 from sap_fast.ops.lora_linear.float8 import Float8Weight, product, rounded
 
-Pair = tuple[Tensor, Tensor | None]
+Dual = tuple[Tensor, Tensor | None]
 
 
-class Part(NamedTuple):
+class Group(NamedTuple):
     """One stream: its rows, its targets and the seed of its dropout, as :func:`lora_linear` takes them."""
 
     x: Tensor
@@ -33,18 +33,18 @@ class Part(NamedTuple):
     seed: Tensor | None = None
 
 
-def lora_linear_together(parts: Sequence[Part]) -> list[list[Pair]]:
+def lora_linear_grouped(parts: Sequence[Group]) -> list[list[Dual]]:
     """What :func:`lora_linear` gives of every part, with one product for each weight.
 
     Args:
-        parts: of one width, dtype and device; the i-th targets of all hold the same weight. A pair comes before
+        parts: of one width, dtype and device; the i-th targets of all hold the same weight. A dual comes before
             ordinary streams, of which there may be none.
 
     Returns:
         Of each part, ``[(y, y_dot), ...]`` of its targets.
 
     Raises:
-        ValueError, TypeError: as :func:`lora_linear`; other weights, or a pair behind another part.
+        ValueError, TypeError: as :func:`lora_linear`; other weights, or a dual behind another part.
     """
     first = parts[0]
     weights = [target.weight for target in first.targets]
@@ -56,7 +56,7 @@ def lora_linear_together(parts: Sequence[Part]) -> list[list[Pair]]:
     for i, part in enumerate(parts):
         check_targets(part.x, part.x_dot, part.targets, part.seed)
         if i and part.x_dot is not None:
-            raise ValueError(f"parts[{i}] is a pair; the one pair must come first")
+            raise ValueError(f"parts[{i}] is a dual; the one dual must come first")
         held = [target.weight for target in part.targets]
         if len(held) != len(weights) or any(map(_differ, held, weights)):
             raise ValueError(f"parts[{i}] has other weights than parts[0]; all must read the same maps")
@@ -80,7 +80,7 @@ class _Maps:
         self,
         weights: Sequence[Tensor],
         float8: Sequence[Float8Weight],
-        parts: Sequence[Part],
+        parts: Sequence[Group],
         seeds: Sequence[Tensor],
     ) -> None:
         self.weights, self.float8, self.seeds = weights, float8, seeds
@@ -99,7 +99,7 @@ class _Maps:
         rows = torch.cat([stack.flatten(0, 1) for stack in stacks]) if len(stacks) > 1 else stacks[0].flatten(0, 1)
         if not self.float8:
             return [rows @ weight.t() for weight in self.weights]
-        # The primal half of a pair leads; its tangents and all ordinary streams follow.
+        # The primal half of a dual leads; its tangents and all ordinary streams follow.
         exact = stacks[0].shape[1] if stacks[0].shape[0] == 2 else 0
         quick = rounded(rows[exact:])
         ys = [rows.new_empty(len(rows), len(weight)) for weight in self.weights]
@@ -200,7 +200,7 @@ class _Together(torch.autograd.Function):
             grads += [dx if needs[stride * i] else None, dx_dot if needs[stride * i + 1] else None]
             for j, (da, db) in enumerate(zip(das, dbs, strict=True)):
                 need = needs[stride * i + 2 + 4 * j : stride * i + 6 + 4 * j]
-                # The ordinary gradient: of the adapter in an ordinary pass, of its direction in a pair.
+                # The ordinary gradient: of the adapter in an ordinary pass, of its direction in a dual.
                 found = (da, db, None, None) if mode is Mode.SINGLE else (None, None, da, db)
                 grads += [grad if needed else None for grad, needed in zip(found, need, strict=True)]
         return None, *grads

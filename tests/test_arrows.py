@@ -1,4 +1,4 @@
-"""The rooms of the house, and which way its arrows run: every import goes to a room further down, and none in a circle."""
+"""The rooms of the house, and which way its arrows run: every import goes further down, and none in a circle."""
 
 import ast
 from graphlib import TopologicalSorter

@@ -146,7 +146,9 @@ def test_every_phase_is_there_and_they_are_the_whole_step(device: str) -> None:
         for cost in costs:
             spread = cost.seconds
             assert 0 <= spread.lower <= spread.median <= spread.upper and spread.rounds == 3
-            assert cost.floor_seconds == max(cost.flops / 1e12, cost.bytes / 1e11)
+            # Between the greater of both, and their sum, in which what products read and write counts, too.
+            products, crossing = cost.flops / 1e12, cost.bytes / 1e11
+            assert max(products, crossing) <= cost.floor_seconds <= products + crossing
             assert (cost.kernels is None) == (device == "cpu")
         assert sum(cost.ops for cost in costs) > 0
         assert found.memory[key].peak > 0

@@ -14,7 +14,8 @@ from sap_fast import SAPConfig
 from sap_fast.ops._cases import OpCases, every_op, pose, run
 from sap_fast.ops._library import flop_formula, raw_ops
 from sap_fast.profiling.advice import Parts, advise
-from sap_fast.profiling.counting import Counter
+from sap_fast.profiling.assemble import _floor
+from sap_fast.profiling.counting import Counter, Work
 from sap_fast.profiling.flops import matrix_flops
 from sap_fast.profiling.trace import kernels
 
@@ -224,3 +225,21 @@ def test_advice_is_only_what_the_settings_take() -> None:
     assert changed(probe_every=8, direction_every=8) == {"tangent_fraction", "pairs_per_step"}
     nothing = Parts(0.0, 16.0, 16.0, 6.0, 5.0, 1.0, 8)
     assert [a.changes for a in advise(nothing, SAPConfig(), 8, 8, 1.0) if "probe_every" not in a.changes] == []
+
+
+@pytest.mark.parametrize(
+    ("peak", "bandwidth", "floor"),
+    [(10.0, None, 3.0), (None, 4.0, 5.0), (10.0, 4.0, 5.0), (10.0, 8.0, 3.0 + 1.0), (None, None, None)],
+)
+def test_the_floor_is_products_and_then_what_is_row_wise(
+    peak: float | None, bandwidth: float | None, floor: float | None
+) -> None:
+    assert _floor(Work(ops=2, bytes=20, rowwise_bytes=8, flops=30), peak, bandwidth) == floor
+
+
+def test_bytes_of_products_are_not_row_wise() -> None:
+    x = torch.ones(4, 4)
+    with Counter() as counter:
+        counter.begin("forward")
+        (x @ x).exp()
+    assert counter.work["forward"] == Work(ops=2, bytes=3 * 64 + 2 * 64, rowwise_bytes=2 * 64, flops=2 * 4**3)

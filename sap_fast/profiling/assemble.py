@@ -103,8 +103,12 @@ def _costs(weights: Mapping[str, float], found: Measured, floor: tuple[float | N
 
 
 def _floor(work: Work, peak_flops: float | None, bandwidth: float | None) -> float | None:
-    bounds = [amount / rate for amount, rate in ((work.flops, peak_flops), (work.bytes, bandwidth)) if rate is not None]
-    return max(bounds, default=None)
+    """Take matrix products at the peak, then what is row-wise at the bandwidth, but no less than all bytes at that."""
+    if peak_flops is None and bandwidth is None:
+        return None
+    products = 0.0 if peak_flops is None else work.flops / peak_flops
+    rowwise, crossing = (0.0 if bandwidth is None else x / bandwidth for x in (work.rowwise_bytes, work.bytes))
+    return max(products + rowwise, crossing)
 
 
 def _parts(phases: Mapping[str, Sequence[Cost]], config: SAPConfig, typical: tuple[int, int]) -> Parts:
@@ -165,8 +169,9 @@ def _notes(
         )
     if settings["peak_flops"] or settings["bandwidth"]:
         said.append(
-            "Times floor: a phase's time over the least that its own ops would take, the greater of FLOPs at the peak "
-            "and bytes at the bandwidth given. Fused ops would move fewer bytes than are counted here."
+            "Times floor: a phase's time over the least that its own ops would take: matrix products at the peak "
+            "given, then what is row-wise at the bandwidth, but no less than all bytes at that. Fused ops would move "
+            "fewer bytes than are counted here."
         )
     if found.absent is None:
         said.append("In the step of transformers and PEFT, head and loss are part of the forward and backward pass.")

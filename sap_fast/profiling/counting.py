@@ -34,17 +34,20 @@ class Work:
     Attributes:
         ops: calls of ops by the dispatcher, views and allocations aside; each of the library's ops counts as one.
         bytes: what these ops read and wrote, every operand once, by its shape.
+        rowwise_bytes: those of ops without a matrix product.
         flops: the floating-point operations of their matrix products.
     """
 
     ops: float = 0
     bytes: float = 0
+    rowwise_bytes: float = 0
     flops: float = 0
 
     def add(self, other: "Work", weight: float = 1.0) -> None:
         """Add another phase's work, multiplied by ``weight``."""
         self.ops += weight * other.ops
         self.bytes += weight * other.bytes
+        self.rowwise_bytes += weight * other.rowwise_bytes
         self.flops += weight * other.flops
 
 
@@ -68,8 +71,10 @@ class Counter(TorchDispatchMode):
         if self._phase and not func.is_view and name not in _IDLE:
             work = self.work[self._phase]
             work.ops += 1
-            work.flops += matrix_flops(func, args, kwargs, out)
-            work.bytes += _bytes(func, args, kwargs, out)
+            flops, crossing = matrix_flops(func, args, kwargs, out), _bytes(func, args, kwargs, out)
+            work.flops += flops
+            work.bytes += crossing
+            work.rowwise_bytes += 0 if flops else crossing
         return out
 
 

@@ -41,8 +41,8 @@ class Cost:
         busy_seconds: how long these kernels ran; None on a CPU.
         bytes: what the ops read and wrote, by their shapes.
         flops: the floating-point operations of their matrix products, by their shapes.
-        floor_seconds: the greater of FLOPs over the peak and bytes over the bandwidth, as far as these were given;
-            None where neither was.
+        floor_seconds: the least that they would take, ``max(flops / peak + row-wise bytes / bandwidth, bytes /
+            bandwidth)``, as far as peak and bandwidth were given; None where neither was.
     """
 
     phase: str

@@ -205,7 +205,7 @@ def _errors(items: Sequence[Item]) -> list[str]:
 def _steps(lines: Lines) -> list[str]:
     """Whole steps: of each contender and kind of rows what is known by the most rounds, and of those the last word."""
     run = next((line for line in lines if line["kind"] == "run"), None)
-    facts = [fact for stage in ("step", "float8", "small") for fact in results.rows(lines, stage)]
+    facts = [fact for stage in ("step", "options", "float8", "small") for fact in results.rows(lines, stage)]
     found: dict[tuple, Mapping[str, Any]] = {}
     for row in facts:
         key = tuple(row.get(name) for name in ("stage", "dtype", "padding", "contender"))
@@ -223,11 +223,15 @@ def _steps(lines: Lines) -> list[str]:
             text.append(f"{row['stage']}: {row['contender']}: {row['reason']}")
     digests = [row["digest"] for row in facts if "digest" in row]
     if run is not None and found:
-        rows = [dict(row) for row in found.values() if row["stage"] == "step"]
+        device = run["environment"]["device"]
         model = next((row["model"] for row in facts if "model" in row), "")
-        # From the rows, so that a run that was cut off has its verdicts too.
-        verdicts = targets.verdicts(rows, digests, run["environment"]["device"], model)
-        text += _measured(targets.lines(verdicts))
+        # From the rows, so that a run that was cut off has its verdicts too. Ratios are those within one stage.
+        by_stage = [
+            targets.verdicts([dict(row) for row in found.values() if row["stage"] == stage], digests, device, model)
+            for stage in ("step", "options")
+        ]
+        judged = [next((v for v in same if v["value"] is not None), same[0]) for same in zip(*by_stage, strict=True)]
+        text += _measured(targets.lines(judged))
     return [*dict.fromkeys(text), *_digests(digests)]
 
 

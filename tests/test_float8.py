@@ -183,10 +183,10 @@ def test_targets_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="1 of 2 targets have a weight in float8"):
         lora_linear_grouped([part._replace(targets=[part.targets[0], part.targets[1]._replace(float8=None)])])
     pair, _ = posed(torch.float32, float8=False, pair=True)
-    with pytest.raises(ValueError, match=r"parts\[1\] is a pair"):
+    with pytest.raises(ValueError, match=r"groups\[1\] is a dual"):
         lora_linear_grouped([part, pair])
     other, _ = posed(torch.float32, float8=False, pair=False)
-    with pytest.raises(ValueError, match=r"parts\[1\] has other weights"):
+    with pytest.raises(ValueError, match=r"groups\[1\] has other weights"):
         lora_linear_grouped([part, other])
 
 

@@ -33,40 +33,40 @@ class Group(NamedTuple):
     seed: Tensor | None = None
 
 
-def lora_linear_grouped(parts: Sequence[Group]) -> list[list[Dual]]:
-    """What :func:`lora_linear` gives of every part, with one product for each weight.
+def lora_linear_grouped(groups: Sequence[Group]) -> list[list[Dual]]:
+    """What :func:`lora_linear` gives of every group, with one product for each weight.
 
     Args:
-        parts: of one width, dtype and device; the i-th targets of all hold the same weight. A dual comes before
+        groups: of one width, dtype and device; the i-th targets of all hold the same weight. A dual comes before
             ordinary streams, of which there may be none.
 
     Returns:
-        Of each part, ``[(y, y_dot), ...]`` of its targets.
+        Of each group, ``[(y, y_dot), ...]`` of its targets.
 
     Raises:
-        ValueError, TypeError: as :func:`lora_linear`; other weights, or a dual behind another part.
+        ValueError, TypeError: as :func:`lora_linear`; other weights, or a dual behind another group.
     """
-    first = parts[0]
+    first = groups[0]
     weights = [target.weight for target in first.targets]
     float8 = [target.float8 for target in first.targets if target.float8 is not None]
-    if len(parts) == 1 and not float8:
+    if len(groups) == 1 and not float8:
         return [lora_linear(*first[:3], seed=first.seed)]
     if len(float8) not in (0, len(weights)):
         raise ValueError(f"{len(float8)} of {len(weights)} targets have a weight in float8; give it to all or none")
-    for i, part in enumerate(parts):
-        check_targets(part.x, part.x_dot, part.targets, part.seed)
-        if i and part.x_dot is not None:
-            raise ValueError(f"parts[{i}] is a dual; the one dual must come first")
-        held = [target.weight for target in part.targets]
+    for i, group in enumerate(groups):
+        check_targets(group.x, group.x_dot, group.targets, group.seed)
+        if i and group.x_dot is not None:
+            raise ValueError(f"groups[{i}] is a dual; the one dual must come first")
+        held = [target.weight for target in group.targets]
         if len(held) != len(weights) or any(map(_differ, held, weights)):
-            raise ValueError(f"parts[{i}] has other weights than parts[0]; all must read the same maps")
+            raise ValueError(f"groups[{i}] has other weights than groups[0]; all must read the same maps")
     none = torch.zeros((), dtype=torch.int64, device=first.x.device)
-    seeds = [none if part.seed is None else part.seed for part in parts]
+    seeds = [none if group.seed is None else group.seed for group in groups]
     flat: list[Tensor | None] = []
-    for part in parts:
-        flat += [part.x, part.x_dot, *(tensor for target in part.targets for tensor in target[2:6])]
-    ys = iter(_Together.apply(_Maps(weights, float8, parts, seeds), *flat))
-    return [[(next(ys), next(ys)) for _ in part.targets] for part in parts]
+    for group in groups:
+        flat += [group.x, group.x_dot, *(tensor for target in group.targets for tensor in target[2:6])]
+    ys = iter(_Together.apply(_Maps(weights, float8, groups, seeds), *flat))
+    return [[(next(ys), next(ys)) for _ in group.targets] for group in groups]
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
@@ -80,18 +80,18 @@ class _Maps:
         self,
         weights: Sequence[Tensor],
         float8: Sequence[Float8Weight],
-        parts: Sequence[Group],
+        groups: Sequence[Group],
         seeds: Sequence[Tensor],
     ) -> None:
         self.weights, self.float8, self.seeds = weights, float8, seeds
-        self.biases = [[target.bias for target in part.targets] for part in parts]
+        self.biases = [[target.bias for target in group.targets] for group in groups]
         self.constants = [
             (
-                [float(target.scaling) for target in part.targets],
-                [float(target.dropout) for target in part.targets],
-                [target.salt for target in part.targets],
+                [float(target.scaling) for target in group.targets],
+                [float(target.dropout) for target in group.targets],
+                [target.salt for target in group.targets],
             )
-            for part in parts
+            for group in groups
         ]
 
     def forward(self, stacks: Sequence[Tensor]) -> list[Tensor]:
@@ -143,27 +143,27 @@ class _Together(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.maps, count = maps, len(maps.weights)
         ctx.stride = stride = 2 + 4 * count
-        parts: list[Any] = [flat[i : i + stride] for i in range(0, len(flat), stride)]
-        ctx.modes = [Mode.of(part[1], ctx.needs_input_grad[1 + stride * i]) for i, part in enumerate(parts)]
-        stacks = [stacked(part[0], part[1]) for part in parts]
+        groups: list[Any] = [flat[i : i + stride] for i in range(0, len(flat), stride)]
+        ctx.modes = [Mode.of(group[1], ctx.needs_input_grad[1 + stride * i]) for i, group in enumerate(groups)]
+        stacks = [stacked(group[0], group[1]) for group in groups]
         ys = maps.forward(stacks)
         outputs: list[Tensor | None] = []
         constant: list[Tensor | None] = []
         begin = 0
-        for stack, part, biases, seed, constants, mode in zip(
-            stacks, parts, maps.biases, maps.seeds, maps.constants, ctx.modes, strict=True
+        for stack, group, biases, seed, constants, mode in zip(
+            stacks, groups, maps.biases, maps.seeds, maps.constants, ctx.modes, strict=True
         ):
             size = stack.shape[0] * stack.shape[1]
             own = [y[begin : begin + size].view(*stack.shape[:2], y.shape[1]) for y in ys]
             begin += size
-            torch.ops.sap_fast.lora_linear_(own, stack, biases, *_adapters(part), seed, *constants)
+            torch.ops.sap_fast.lora_linear_(own, stack, biases, *_adapters(group), seed, *constants)
             found = [half for y in own for half in halves(y)]
             outputs += found
             constant += found[0::2] if mode is Mode.HALF else []
         ctx.mark_non_differentiable(*constant)
         ctx.shapes = [stack.shape for stack in stacks]
-        needed = [needed_of(stack, part[2::4]) for stack, part in zip(stacks, parts, strict=True)]
-        ctx.save_for_backward(*needed, *(tensor for part in parts for tensor in part[2:]))
+        needed = [needed_of(stack, group[2::4]) for stack, group in zip(stacks, groups, strict=True)]
+        ctx.save_for_backward(*needed, *(tensor for group in groups for tensor in group[2:]))
         return tuple(outputs)
 
     @staticmethod
@@ -206,15 +206,15 @@ class _Together(torch.autograd.Function):
         return None, *grads
 
 
-def _adapters(part: Sequence[Tensor | None]) -> tuple[list[Tensor | None], ...]:
+def _adapters(group: Sequence[Tensor | None]) -> tuple[list[Tensor | None], ...]:
     """``a, b, a_dot, b_dot`` of all targets."""
-    return tuple(list(part[2 + j :: 4]) for j in range(4))
+    return tuple(list(group[2 + j :: 4]) for j in range(4))
 
 
 def _by_part(
     maps: _Maps, modes: Sequence[Mode], cotangents: Sequence[Sequence[Tensor]], wanted: Sequence[int]
 ) -> dict[int, list[Tensor]]:
-    """The products of the parts whose dx is wanted, as stacks ``[n, rows, d_in]``."""
+    """The products of the groups whose dx is wanted, as stacks ``[n, rows, d_in]``."""
     if not wanted:
         return {}
     found = maps.backward([modes[i] for i in wanted], [cotangents[i] for i in wanted])

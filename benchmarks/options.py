@@ -231,7 +231,7 @@ class Follower:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """... of two vectors; 0 where one is zero."""
+    """The cosine of two vectors; 0 where one is zero."""
     a, b = a.double(), b.double()
     scale = float(a.norm() * b.norm())
     return float(a @ b) / scale if scale else 0.0

@@ -81,7 +81,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """As :func:`write_text`."""
+    """Write JSON beside the target and rename, so that a kill leaves the old file or the new one."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

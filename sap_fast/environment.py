@@ -50,7 +50,7 @@ def package_version(name: str) -> str | None:
 
 
 def optional_versions() -> dict[str, str]:
-    """Of the packages that are used where they are there."""
+    """The releases of the packages that are used where they are there."""
     return {name: package_version(name) or "not installed" for name in _OPTIONAL}
 
 

@@ -96,14 +96,22 @@ class SAP:
 
     @contextmanager
     def running_on(self, decoder: Decoder) -> Iterator[None]:
-        """Let steps run on another reading of the same model meanwhile, such as one that a profiler watches."""
-        kept = self._attached
-        assert kept is not None
-        self._attached = decoder, kept[1]
+        """Let steps run on another reading of the same model meanwhile, such as one that a profiler watches.
+
+        Raises:
+            RuntimeError: after ``detach``.
+        """
+        own = self.decoder
+
+        def run_on(what: Decoder) -> None:
+            if self._attached is not None:  # it may be detached meanwhile
+                self._attached = what, self._attached[1]
+
+        run_on(decoder)
         try:
             yield
         finally:
-            self._attached = kept
+            run_on(own)
 
     def step(self, batch: Batch | Sequence[Batch], pairs: Batch | None = None) -> StepReport:
         """Compute one step's gradient and add it to ``.grad`` of the trained weights.
@@ -293,11 +301,17 @@ class SAP:
                 decoder.enter("direction")
                 direction = schedule.direction()
             decoder.enter("task")
-            u = inputs.direction or (direction.u if direction else None if inputs.plain else before)
+            u = None if inputs.plain else before
+            if inputs.direction is not None:
+                u = inputs.direction
+            elif direction is not None:
+                u = direction.u
             passed = schedule.passes(u)
         direction = direction or passed.direction
+        # A direction that was found beside the passes is for the next step.
+        last = direction.u if direction is not None else inputs.direction or before
         decoder.enter("update")
-        gradients, last = passed.gradients, inputs.direction or (direction.u if direction else before)
+        gradients = passed.gradients
         theta = gradients.theta if u is None else guarded(gradients.theta, u, self.config)
         return Outcome(
             loss=gradients.loss,

@@ -146,7 +146,7 @@ def test_what_has_no_time_left_is_left_out_by_name(tmp_path: Path) -> None:
 
 
 def test_rounds_end_with_the_time() -> None:
-    """... but for the first, without which there would be no row."""
+    """Only the first contender goes on, without which there would be no row."""
     run = Run(lambda: torch.zeros(()), {}, [1])
     for deadline, expected in ((0.0, [1]), (None, list(range(1, 10)))):
         rounds = Rounds({"a": (run, 1), "b": (run, 2)}, "cpu", deadline=deadline)
@@ -155,7 +155,7 @@ def test_rounds_end_with_the_time() -> None:
 
 
 def test_who_fails_while_timed_costs_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """... nor does a failing count of launches cost a row its times."""
+    """A failing count of launches does not cost a row its times."""
     calls = Counter[str]()
 
     def failing(name: str, at: int) -> Contender:
@@ -342,7 +342,7 @@ def test_qwen_has_a_model_of_its_shape() -> None:
 
 
 def test_ligers_patches_stay_with_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """... also those that it makes to the module that all models of a kind share."""
+    """Changes to the module that all models of a kind share are undone, too."""
     from transformers.models.qwen2 import modeling_qwen2 as shared
 
     turn, calls = shared.apply_rotary_pos_emb, []

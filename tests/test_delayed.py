@@ -69,7 +69,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = ROUNDING) -> bool:
 @pytest.mark.parametrize("acting", [False, True])
 @pytest.mark.parametrize("family", ["llama-biased", "gemma3"])
 def test_steps_are_those_of_two_passes(family: str, acting: bool, micros: int, checkpointing: bool) -> None:
-    """... along the direction of the last step, whatever the pairs of this one say."""
+    """The pass runs along the direction of the last step, whatever the pairs of this one say."""
     model, (batches, pairs) = tiny_model(family, targets=ALL_LINEAR), data(6)
     if checkpointing:
         base: Any = model.get_base_model()

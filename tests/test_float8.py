@@ -228,7 +228,7 @@ def test_loss_and_gradient_of_the_dual_pass_stay_exact(dtype: torch.dtype, depth
 
 @pytest.mark.parametrize("delayed", [False, True])
 def test_a_step_leaves_the_gradient_at_its_probe(delayed: bool) -> None:
-    """... which is exact there, however the probe was found; along with the pairs or without."""
+    """The gradient of the weights is exact, however the probe was found, with the pairs or without."""
     model, batches, pairs = (
         wide_model(torch.float64),
         [random_batch() for _ in range(2)],
@@ -362,7 +362,7 @@ def asked_once() -> Iterator[None]:
 def test_where_torch_does_not_write_products_in_place_they_are_copied(
     monkeypatch: pytest.MonkeyPatch, writes: bool
 ) -> None:
-    """... with the same results, and with a warning that says why."""
+    """Results are the same, and a warning says why."""
     from sap_fast.model import float8
 
     given: list[bool] = []

@@ -120,7 +120,7 @@ def test_what_a_program_that_watches_says_at_its_end_is_a_problem(tmp_path: Path
 
 
 def test_a_file_that_cannot_be_imported_is_a_failure_of_its_own(tmp_path: Path) -> None:
-    """... and costs no test of another file."""
+    """A file that cannot be imported costs no test of another file."""
     (tmp_path / "test_bad.py").write_text("import a_package_that_is_not_there\n")
     (tmp_path / "test_good.py").write_text("def test_a():\n    pass\ndef test_b():\n    pass\n")
     files = [str(tmp_path / name) for name in ("test_bad.py", "test_good.py")]

@@ -141,7 +141,7 @@ def test_the_ops_keep_their_schema(pair: bool, device: str) -> None:
 
 @pytest.mark.skipif(not _C.loaded, reason=f"the C++ kernels are not loaded: {_C.status}")
 def test_tensors_that_do_not_fit_are_refused() -> None:
-    """... by the C++ kernels themselves: they must not write behind a tensor."""
+    """The C++ kernels are called themselves: they must not write behind a tensor."""
     part = posed("cpu", (5,), pair=False)[0]
     x, biases = part.x.detach()[None], [target.bias for target in part.targets]
     ys = [torch.randn(1, 5, d_out, dtype=f64) for d_out, _ in WIDTHS]

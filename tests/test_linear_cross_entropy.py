@@ -129,7 +129,7 @@ def test_a_row_that_is_no_number_stays_alone(mode: str, dtype: torch.dtype, devi
 def test_a_target_outside_of_the_vocabulary_makes_its_loss_no_number(
     mode: str, target: int, dtype: torch.dtype
 ) -> None:
-    """... which the step refuses; and nothing else, as far as rows are concerned. (Triton: test_kernel_edges.py.)"""
+    """The step refuses it; nothing else is harmed, as far as rows are concerned. (Triton: test_kernel_edges.py.)"""
     x, weight, targets = posed("cpu", dtype)
     expected = gradients(mode, x, weight, targets)
     targets[1] = target

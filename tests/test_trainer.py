@@ -38,7 +38,7 @@ def test_it_does_what_the_own_loop_does(tmp_path: Path) -> None:
 
 
 def test_training_batches_stay_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """... where a step packs them; those of evaluation go to the device, since the model's own forward takes them."""
+    """Training batches stay where a step packs them; those of evaluation go to the model, for its own forward."""
     prepared: list[Any] = []
     inner = trainer(tmp_path, {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 1}, eval_dataset=ROWS[:3])
     prepare = inner._prepare_inputs

@@ -131,7 +131,7 @@ def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple
 
 
 def glu_backward_(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
-    """... into the first n halves of gate and up."""
+    """Write the cotangents into the first n halves of gate and up."""
     dgate, dup = glu_backward(dy, gate, up, activation)
     gate[: len(dy)].copy_(dgate)
     up[: len(dy)].copy_(dup)

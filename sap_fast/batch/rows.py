@@ -29,7 +29,9 @@ Count = int | Tensor
 
 @dataclass(frozen=True)
 class PrefixSharing:
-    """Where sequences share rows: ``spread`` takes the row of each token; ``cu_seqlens`` and ``max_seqlen`` of tokens.
+    """Says where sequences share rows.
+
+    ``spread`` takes the row of each token; ``cu_seqlens`` and ``max_seqlen`` count tokens.
 
     A sequence owns the rows that no sequence before it has. They are its last tokens, and stand together.
     """

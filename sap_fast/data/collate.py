@@ -30,7 +30,7 @@ class Collator:
         return cls(next((i for i in ids if i is not None), 0))
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
-        """Of :class:`Tokens`, (chosen, rejected) of them, or dicts of ``input_ids`` and ``labels``."""
+        """Collate :class:`Tokens`, (chosen, rejected) of them, or dicts of ``input_ids`` and ``labels``."""
         if not rows:
             raise DataError("there is no row to make a batch of")
         if isinstance(rows[0], tuple) and not isinstance(rows[0], Tokens):

@@ -141,7 +141,7 @@ class SAPTrainer(Trainer):
             self._micros.clear()
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's, but that batches stay on the host: packing there waits for no device."""
+        """Make the Trainer's loader, whose batches stay on the host: packing there waits for no device."""
         accelerator, placing = self.accelerator, self.accelerator.device_placement
         # Unless asked to dispatch batches itself (accelerator_config): it does so from the device alone.
         accelerator.device_placement = placing and bool(accelerator.dispatch_batches)
@@ -153,7 +153,7 @@ class SAPTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """As the Trainer's; its count of scored tokens, which no step reads, stays on the host."""
+        """Take the Trainer's batches; their count of scored tokens, which no step reads, stays on the host."""
         return super().get_batch_samples(epoch_iterator, num_batches, torch.device("cpu"))
 
     def training_step(

@@ -118,7 +118,7 @@ class Schedule:
             yield from solve(self.decoder, [objective])
 
     def _objectives(self, probe: Probe, u: Flat) -> tuple[partial[Dual], partial[Ordinary]]:
-        """Of a micro-batch with tangents, and of one without, at one probe."""
+        """Make the objectives of a micro-batch with tangents, and of one without, at one probe."""
         scored = self._scored()
         dual = partial(Dual, self.decoder, scored=scored, probe=probe, u=u)
         return dual, partial(Ordinary, self.decoder, scored=scored, probe=probe)

@@ -138,5 +138,5 @@ def _left_aside(backend: Backend, machine: Machine, heads: Heads) -> str | None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As people write it, such as ``"bfloat16"``."""
+    """A dtype as people write it, such as ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")

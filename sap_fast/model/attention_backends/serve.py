@@ -74,7 +74,7 @@ class Attention:
         cu_seqlens_k: Tensor | None = None,
         max_seqlen_k: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``sap_fast.ops.attention``."""
+        """Attend as ``sap_fast.ops.attention`` does."""
         # Where there is nothing to attend to, others have no answer.
         nothing = not q.shape[0] or len(cu_seqlens) < 2 or not max_seqlen
         if q_dot is not None or nothing:

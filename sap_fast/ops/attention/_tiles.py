@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def bounds(cu_seqlens, seqused, rows):
-    """Of this program's sequence: its first row (int64), how many rows it has, and how many of them are real."""
+    """Look up this program's sequence: its first row (int64), how many rows it has, and how many of them are real."""
     i_seq = tl.program_id(2)
     is_sequence = i_seq < tl.num_programs(2) - 1
     start = tl.load(cu_seqlens + i_seq)
@@ -23,7 +23,7 @@ def bounds(cu_seqlens, seqused, rows):
 
 @triton.jit
 def places(cu_seqlens, seqused, cu_seqlens_k, rows, rows_k):
-    """Of this program's sequence, where its queries and its keys lie.
+    """Look up where the queries and the keys of this program's sequence lie.
 
     Both are counted in places, those of the keys: a query has the place of the last key that it sees, so the real ones
     of both end together. Returns the rows of place 0 (int64) and the number of places of queries, the same of keys, how

@@ -71,7 +71,7 @@ def _primal(xs: dict[str, Tensor], c: dict) -> tuple[Tensor, ...]:
 
 
 def _of_model(w: Widths, rows: int, length: int) -> Case:
-    """As many whole sequences as there are rows for."""
+    """Draw as many whole sequences as there are rows for."""
     return _case(
         f"{rows // length}x{length}",
         [length] * (rows // length),

@@ -96,7 +96,7 @@ def _backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Te
 
 
 def _backward_(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
-    """... into the first n halves of gate and up."""
+    """Write the cotangents into the first n halves of gate and up."""
     dgate, dup = _backward(dy, gate, up, activation)
     gate[: len(dy)] = dgate
     up[: len(dy)] = dup

@@ -65,7 +65,7 @@ def statistics_kernel(
 def cotangent_kernel(
     z, targets, lse, dz, z_half, lse_half, VOCAB: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of the logits of both halves, where the cotangent of nll_dot is 1: ``p - e_y``, by row and block.
+    """Make the cotangents of both halves' logits, where that of nll_dot is 1: ``p - e_y``, by row and block.
 
     In full mode that is the second half, and the first ``p (z_dot - lse_dot)``.
     """

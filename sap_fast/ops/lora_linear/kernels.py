@@ -80,7 +80,7 @@ def _adapters(
     dropout: Sequence[float],
     salt: Sequence[int],
 ) -> list[_Adapter]:
-    """Those that there are, each with its slot among the columns of t: a tl.dot takes no fewer than 16."""
+    """List the adapters that there are, each with its slot among the columns of t: a tl.dot takes no fewer than 16."""
     found: list[_Adapter] = []
     first = 0
     for i, (a_i, b_i, a_dot_i, b_dot_i) in enumerate(zip(a, b, a_dot, b_dot, strict=True)):

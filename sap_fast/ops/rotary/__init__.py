@@ -97,7 +97,7 @@ def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ..
 
 
 def _backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """... and so does its transpose, which does not depend on where it is taken: here, at zero."""
+    """Turn back: the transpose of a rotation does not depend on where it is taken, which is here at zero."""
     halves_of = [
         pullback(lambda q, k: primal(q, k, cos, sin), (torch.zeros_like(q), torch.zeros_like(k)), (q, k))
         for q, k in zip(dq.split(1), dk.split(1), strict=True)

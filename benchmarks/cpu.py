@@ -3,7 +3,7 @@
     python -m benchmarks.cpu --json result.json [-k EXPRESSION]
 
 Runs ``ops/bench_cpu.py`` under pytest-benchmark: every op's C++ kernels, the reference rules they replace, and the
-pair's formula in plain PyTorch, in both orders, each found right before it is timed. Exit code 1 if one was wrong; a
+dual's formula in plain PyTorch, in both orders, each found right before it is timed. Exit code 1 if one was wrong; a
 missed target is printed, and is no failure.
 """
 
@@ -26,7 +26,7 @@ from sap_fast import _C
 
 # Seconds in which the run must begin what it begins.
 LIMIT = 1500
-# How many times faster than the pair's formula in PyTorch a row-wise op is to be, in float32.
+# How many times faster than the dual's formula in PyTorch a row-wise op is to be, in float32.
 LEAST_OVER_EAGER = 2.0
 
 

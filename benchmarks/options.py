@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     base, tokenizer = models.smollm2_base(args.smollm2) if args.model == "smollm2" else MODELS[args.model]()
     model = models.with_lora(base).to(args.device)
-    given = Given(tokenizer, models.examples(args.data), safety_pairs(), args.device)
+    given = Batches(tokenizer, models.examples(args.data), safety_pairs(), args.device)
     train(model, given, args.steps)
     rows = look(model, given, args.steps, args.looks)
     summary = summarised(rows)
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class Given:
+class Batches:
     """What step number i is given: batch and pairs, going round the data."""
 
     def __init__(self, tokenizer: Any, examples: Sequence[Example], pairs: Sequence[Pair], device: str) -> None:
@@ -113,7 +113,7 @@ def _turn(rows: Sequence[Any], count: int, step: int) -> list[Any]:
     return [rows[(step * count + i) % len(rows)] for i in range(count)]
 
 
-class Observed:
+class Observer:
     """Takes the steps of a handle, and keeps what the last one worked with.
 
     Attributes:
@@ -160,7 +160,7 @@ class Observed:
         }
 
 
-def train(model: nn.Module, given: Given, steps: int) -> None:
+def train(model: nn.Module, given: Batches, steps: int) -> None:
     """Train by the exact step."""
     optimizer = torch.optim.AdamW(trained(model).values(), lr=LEARNING_RATE)
     with SAP(model, EXACT) as sap:
@@ -172,7 +172,7 @@ def train(model: nn.Module, given: Given, steps: int) -> None:
 
 def look(
     model: nn.Module,
-    given: Given,
+    given: Batches,
     start: int,
     looks: int,
     options: Sequence[Mapping[str, Any]] = OPTIONS,
@@ -188,7 +188,7 @@ def look(
     with ExitStack() as stack:
         opened = [(option, None) for option in options] + [(CONTROL, parity) for parity in (0, 1)]
         plain, *others = (Follower(model, stack, o, parity) for o, parity in [({}, None), *opened])
-        exact = Observed(stack.enter_context(SAP(model, EXACT)))
+        exact = Observer(stack.enter_context(SAP(model, EXACT)))
         for i in range(looks + 1):
             data = given(start + i)
             at_exact = exact.acting() if i else {}
@@ -220,9 +220,9 @@ class Follower:
         self.options, self.parity = options, parity
         self._twin = models.twin(model)
         changes = {} if options is CONTROL else options
-        self.sap = Observed(stack.enter_context(SAP(self._twin, EXACT.replace(**changes))))
+        self.sap = Observer(stack.enter_context(SAP(self._twin, EXACT.replace(**changes))))
 
-    def at(self, model: nn.Module) -> Observed:
+    def at(self, model: nn.Module) -> Observer:
         """The handle, with the twin's adapters set to the model's."""
         with torch.no_grad():
             for p, q in zip(trained(self._twin).values(), trained(model).values(), strict=True):

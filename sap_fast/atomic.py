@@ -87,10 +87,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write beside the target and rename, so that a kill leaves the old file or the new one."""
+    write_with(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def write_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file beside the target and rename it, so that a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        write(scratch)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -109,9 +109,9 @@ class SAPConfig:
     )
     attention: Literal["auto", "own", "flash_attn", "varlen_attn", "sdpa"] = _setting(
         "auto",
-        "what serves attention in ordinary passes, those without tangents; pairs always have the library's own. auto: "
-        "the first of what is there that gives the same bits from run to run (sap-fast info tells which, and why not "
-        "the others); or own, flash_attn (the package), varlen_attn, sdpa (PyTorch's). They differ in rounding. One "
+        "what serves attention in ordinary passes, those without tangents; dual ones always have the library's own. "
+        "auto: the first of what is there that gives the same bits from run to run (sap-fast info tells which, and why "
+        "not the others); or own, flash_attn (the package), varlen_attn, sdpa (PyTorch's). They differ in rounding. One "
         "that cannot serve the model is refused at attach",
     )
     delayed_direction: bool = _setting(

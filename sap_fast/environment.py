@@ -84,7 +84,7 @@ def backends() -> dict[str, dict[str, str]]:
 def attention_backends() -> list[str]:
     """What serves attention in each kind of pass, and why the others do not."""
     heads = Heads(torch.bfloat16, 128)
-    lines = ["pairs, everywhere: own, since no other backend knows tangents"]
+    lines = ["dual passes, everywhere: own, since no other backend knows tangents"]
     for device in [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]:
         choice = choose("auto", machine_of(device, heads), heads)
         lines.append(f"ordinary passes, {device}, {heads}: {choice.backend}, {choice.because}")

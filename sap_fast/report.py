@@ -28,7 +28,8 @@ class StepReport:
         found_direction, found_probe: whether this step found them, or went on with those of an earlier one. What is
             measured in finding them (``safety_*``, ``saturated``, ``direction_*``; ``steering``, ``probe_cosine``)
             is 0 otherwise.
-        tokens, scored_tokens, safety_tokens: real tokens of the batch, those scored, those of the pairs.
+        tokens, scored_tokens, safety_tokens: real tokens of the batch, those scored, those of the pairs; of this
+            process, where several take a step together.
 
     What a step has no use for is 0: without pairs, everything but the loss.
     """

@@ -61,6 +61,7 @@ class SAP:
         if config.graph:
             probe = replace(probe, steps=torch.zeros((), dtype=torch.float64, device=decoder.device))
         self._state = State(probe, None, Rhythm.of(config))
+        self._captures = True  # not while steps run on another decoder, which no graph has recorded
         self._deferred: Deferred | None = None
         base = base_model(model)
         mark(base)
@@ -98,20 +99,24 @@ class SAP:
     def running_on(self, decoder: Decoder) -> Iterator[None]:
         """Let steps run on another reading of the same model meanwhile, such as one that a profiler watches.
 
+        They run eagerly then, on rows of their own sizes.
+
         Raises:
             RuntimeError: after ``detach``.
         """
-        own = self.decoder
+        own, captures = self.decoder, self._captures
 
         def run_on(what: Decoder) -> None:
             if self._attached is not None:  # it may be detached meanwhile
                 self._attached = what, self._attached[1]
 
         run_on(decoder)
+        self._captures = False
         try:
             yield
         finally:
             run_on(own)
+            self._captures = captures
 
     def step(self, batch: Batch | Sequence[Batch], pairs: Batch | None = None) -> StepReport:
         """Compute one step's gradient and add it to ``.grad`` of the trained weights.
@@ -160,8 +165,9 @@ class SAP:
 
         Args:
             batch, pairs: as for :meth:`step`.
-            direction: u to use instead of finding one, a unit vector over all trained weights; ``pairs`` are then
-                checked and not read, and may be None.
+            direction: u to use instead of finding one, a unit vector over all trained weights in float32 (float64 for
+                a float64 model); ``pairs`` are then checked and not read, and may be None. It counts as found: steps
+                that find none go on with it.
             state: what to start from instead of what the last step has handed on.
 
         Returns:
@@ -169,9 +175,10 @@ class SAP:
 
         Raises:
             BatchError, StepRefusedError, UnsupportedModelError, RuntimeError: as :meth:`step`.
+            ValueError: a direction over other weights, in another dtype or on another device.
         """
         inputs, rhythm = self._pack(batch, pairs, direction, self._state if state is None else state)
-        captures = self._graphs is not None and self._graphs.active
+        captures = self._graphs is not None and self._graphs.active and self._captures
         sent = (inputs.padded() if captures else inputs).sent(self.decoder.device)
         # Only now, with all of this step's on its way: the device has been busy with the last one until here.
         self.settle()
@@ -190,7 +197,9 @@ class SAP:
 
         Raises:
             StepRefusedError: numbers that are not finite, or no direction; nothing was written.
+            RuntimeError: after ``detach``.
         """
+        self.settle()  # of a step that was committed after this one was computed
         if self.config.check == "deferred":
             self._deferred = Deferred(outcome.vitals, self._state)
         else:
@@ -250,6 +259,8 @@ class SAP:
         *batches, pairs = packer.fetched([*batches, pairs])
         read = [packer.read(b, name) for b, name in zip(batches, names, strict=True)]
         read_pairs = None if pairs is None else packer.read_pairs(pairs)
+        if direction is not None:
+            self._check_direction(direction)
         guards = read_pairs is not None or direction is not None
         finds_probe = guards and rhythm.finds_probe(config)
         pair_rows = None
@@ -284,6 +295,17 @@ class SAP:
         check_unchanged(decoder)
         return decoder
 
+    def _check_direction(self, u: Flat) -> None:
+        own = Flat.of(self.decoder.trained)
+        if u.layout != own.layout:
+            raise ValueError("direction must be over the trained weights, in their order: Flat.of(sap.decoder.trained)")
+        for what, given, wanted in (
+            ("dtype", u.vector.dtype, own.vector.dtype),
+            ("device", u.vector.device, own.vector.device),
+        ):
+            if given != wanted:
+                raise ValueError(f"direction must have the {what} {wanted}, but has {given}")
+
     def _draw_seed(self) -> Tensor | None:
         decoder = self.decoder
         if not decoder.drops_out():
@@ -294,7 +316,7 @@ class SAP:
 
     def _solved(self, inputs: StepInputs) -> Outcome:
         decoder, before = self.decoder, inputs.state.direction
-        schedule = Schedule(decoder, self.config, self._ranks, inputs)
+        schedule = Schedule.of(decoder, self.config, self._ranks, inputs)
         with decoder.installed(), torch.enable_grad():
             direction = None
             if inputs.pairs is not None and not inputs.delayed:

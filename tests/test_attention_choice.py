@@ -96,7 +96,7 @@ def test_info_says_what_serves_and_why(capsys: Any) -> None:
     assert main(["info"]) == 0
     said = capsys.readouterr().out
     choice = choose("auto", machine_of(CPU, HEADS), HEADS)
-    assert "pairs, everywhere: own" in said
+    assert "dual passes, everywhere: own" in said
     assert f"ordinary passes, cpu, bfloat16, head_dim 128: {choice.backend}, {choice.because}\n" in said
     for name, why in choice.others.items():
         assert f"not {name}: {why}\n" in said

@@ -52,7 +52,7 @@ def test_options_writes_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_the_exact_step_agrees_with_itself() -> None:
     """What is looked at is what a plain handle's step leaves."""
     model = models.with_lora(models.tiny_base()[0])
-    data = options.Given(models.WordTokenizer(), models.examples(), sap_fast.data.safety_pairs(), "cpu")
+    data = options.Batches(models.WordTokenizer(), models.examples(), sap_fast.data.safety_pairs(), "cpu")
     twin = models.twin(model)
     found = options.look(model, data, 0, 2, [{}])
     own = [row for row in found if row["options"] == {}]
@@ -70,7 +70,7 @@ def test_the_exact_step_agrees_with_itself() -> None:
 def test_the_effect_is_what_the_probe_adds() -> None:
     """Of no strength, it adds nothing, and the cosine of nothing is 0."""
     model = models.with_lora(models.tiny_base()[0])
-    data = options.Given(models.WordTokenizer(), models.examples(), sap_fast.data.safety_pairs(), "cpu")
+    data = options.Batches(models.WordTokenizer(), models.examples(), sap_fast.data.safety_pairs(), "cpu")
     rows = options.look(model, data, 0, 1, [{"strength": 0.0}])
     (row,) = (row for row in rows if row["options"] != options.CONTROL)
     assert row["probe"] == 0 and row["effect"] == pytest.approx(0, abs=1e-3)

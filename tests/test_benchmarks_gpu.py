@@ -268,3 +268,8 @@ def test_the_wide_model_has_a_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fidelity.MODELS, "llama", (lambda: models.llama_base(3, 32, 2, 1024), (1, 2)))
     rows = [*fidelity.measure("llama", 1, None, "cpu")]
     assert not [row for row in rows if fidelity.misses(row)]
+
+
+def test_every_op_of_the_library_has_a_formula() -> None:
+    ops = "attention", "glu", "linear_cross_entropy", "lora_linear", "probe_rms_norm", "rms_norm", "rotary", "take_rows"
+    assert [name for name in ops if not subjects.has_formula(name)] == []

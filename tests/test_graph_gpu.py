@@ -107,13 +107,13 @@ def test_a_replay_is_one_launch_whatever_the_depth() -> None:
 
 def test_nothing_is_waited_for_after_packing() -> None:
     with replaying(4) as (sap, batch, pairs):
-        outcome, rest = sap._outcome, ExitStack()
+        settle, rest = sap.settle, ExitStack()
 
-        def strict(given: Any) -> Any:
+        def strict() -> None:
+            settle()
             rest.enter_context(forbidden_syncs())  # from here to the end of the step
-            return outcome(given)
 
-        with rest, mock.patch.object(sap, "_outcome", strict):
+        with rest, mock.patch.object(sap, "settle", strict):
             sap.step(batch, pairs)
 
 

@@ -189,7 +189,9 @@ def test_kinds_come_as_often_as_in_a_real_run(probe_every: int, direction_every:
         for _ in range(steps):
             report = sap.step(batch, pairs)
             seen[report.found_direction, report.found_probe] += 1
-    assert {(kind.directs, kind.probes): kind.weight * steps for kind in found} == pytest.approx(dict(seen))
+    assert {(kind.finds_direction, kind.finds_probe): kind.weight * steps for kind in found} == pytest.approx(
+        dict(seen)
+    )
 
 
 def test_options_change_the_phases_that_appear() -> None:

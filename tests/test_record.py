@@ -29,6 +29,8 @@ def test_a_command_is_recorded_as_it_is_spelled(module: str, monkeypatch: pytest
     assert record.environment()["command"] == f"python -m {module} --json found.json --rounds 3"
 
 
+# Other tests may have imported it already, of which runpy warns.
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("module", COMMANDS)
 def test_a_command_calls_itself_what_it_is_called_by(module: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["", "--help"])

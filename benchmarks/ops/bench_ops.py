@@ -57,7 +57,7 @@ def clock() -> float:
 pytestmark = pytest.mark.benchmark(timer=clock, disable_gc=True)
 
 
-class Subject(NamedTuple):
+class Posed(NamedTuple):
     """What is timed."""
 
     name: str
@@ -67,7 +67,7 @@ class Subject(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def subject(request: pytest.FixtureRequest) -> Subject:
+def subject(request: pytest.FixtureRequest) -> Posed:
     """Pose a case, and refuse to time an op that gets it wrong in any mode."""
     op, case = CASES[request.param]
     problem = pose(op, case, torch.Generator(DEVICE).manual_seed(0), DTYPE)
@@ -80,7 +80,7 @@ def subject(request: pytest.FixtureRequest) -> Subject:
             expected = truth[f"{name}_dot" if ordinary else name]
             error = float((actual - expected).norm() / expected.norm())
             assert error <= OF_NORM[DTYPE], f"{name} is off by {error:.2g} of its norm"
-    return Subject(request.param, op, case, problem)
+    return Posed(request.param, op, case, problem)
 
 
 def leaves_of(op: OpCases, problem: Problem) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ def constants_of(problem: Problem) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("which", ["dual", "twice"])
-def test_forward(benchmark: BenchmarkFixture, subject: Subject, which: str) -> None:
+def test_forward(benchmark: BenchmarkFixture, subject: Posed, which: str) -> None:
     name, op, case, dual = subject
     change, times = PASSES[which]
     problem = change(dual)
@@ -155,7 +155,7 @@ def test_forward(benchmark: BenchmarkFixture, subject: Subject, which: str) -> N
 
 
 @pytest.mark.parametrize("which", PASSES)
-def test_backward(benchmark: BenchmarkFixture, subject: Subject, which: str) -> None:
+def test_backward(benchmark: BenchmarkFixture, subject: Posed, which: str) -> None:
     name, op, case, dual = subject
     change, times = PASSES[which]
     problem = change(dual)

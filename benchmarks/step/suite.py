@@ -95,10 +95,10 @@ class Suite:
         where = {"dtype": dtype, "padding": given.kind}
         ceiling = Ceiling(self.device, DTYPES[dtype])
         with ExitStack() as stack:
-            takings = self._open(stack, model, dtype, given)
-            if not takings:
+            entrants = self._open(stack, model, dtype, given)
+            if not entrants:
                 return []
-            runs = {name: (entrant.run, CONTENDERS[name].period) for name, entrant in takings.items()}
+            runs = {name: (entrant.run, CONTENDERS[name].period) for name, entrant in entrants.items()}
 
             def refuse(name: str, error: Exception) -> None:
                 self._refuse(name, error, where)
@@ -106,7 +106,7 @@ class Suite:
             rounds = Rounds(runs, self.device, ceiling, self._deadline, refuse)
 
             def rows() -> list[Row]:
-                return [self._row(name, takings[name], where, given, rounds) for name in rounds.seconds]
+                return [self._row(name, entrants[name], where, given, rounds) for name in rounds.seconds]
 
             for done in rounds.take(self.rounds):
                 for row in rows() if done in TOLD else []:
@@ -117,7 +117,7 @@ class Suite:
             # A profiler counts launches, and slows down what comes after it.
             for row in found:
                 try:
-                    row["launches"] = self._launches(row["contender"], takings[row["contender"]])
+                    row["launches"] = self._launches(row["contender"], entrants[row["contender"]])
                 except Exception as error:  # its times stand
                     refuse(row["contender"], error)
                 self._tell(row)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sap_fast.atomic import write_with
+
 
 def draw(path: Path, ways: Mapping[str, Sequence[Any]], title: str) -> None:
     """Margin against task loss, a line a method, steps written at its points.
@@ -28,7 +30,5 @@ def draw(path: Path, ways: Mapping[str, Sequence[Any]], title: str) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}")
-    FigureCanvasAgg(figure).print_figure(scratch, dpi=130, format="png")
-    scratch.replace(path)
+    canvas = FigureCanvasAgg(figure)
+    write_with(path, lambda scratch: canvas.print_figure(scratch, dpi=130, format="png"))

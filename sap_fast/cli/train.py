@@ -87,7 +87,7 @@ class Stopwatch(TrainerCallback):
 
     @property
     def median(self) -> float:
-        """The mean over all steps; 0 before the first."""
+        """The median of all steps; 0 before the first."""
         return sorted(self.seconds)[len(self.seconds) // 2] if self.seconds else 0.0
 
 

@@ -136,6 +136,7 @@ def total(solved: Iterable[Sequence[Gradients]], ranks: Ranks = ALONE) -> Gradie
         share = reduce(add, together)
         carries = share.probe_dot.numel() > 0
         sums[carries] = sums[carries] + share if carries in sums else share
+        del together, share  # while the next passes run
     return reduce(add, (sums[carries] for carries in (True, False) if carries in sums)).over(ranks)
 
 

@@ -54,12 +54,19 @@ class Schedule:
     Attributes:
         decoder, config, ranks: of the handle that takes the step.
         inputs: what the step is given.
+        scored: how many tokens the mean loss is over, in all processes.
     """
 
     decoder: Decoder
     config: SAPConfig
     ranks: Ranks
     inputs: StepInputs
+    scored: Count
+
+    @classmethod
+    def of(cls, decoder: Decoder, config: SAPConfig, ranks: Ranks, inputs: StepInputs) -> "Schedule":
+        """Make the schedule of a step, its count of tokens closed."""
+        return cls(decoder, config, ranks, inputs, ranks.count(scored_tokens(inputs.micros)))
 
     def direction(self) -> Direction:
         """Find the direction by a pass of its own over the pairs."""
@@ -82,13 +89,13 @@ class Schedule:
 
     def _lagged(self, u: Flat) -> Passed:
         """Run one pass that is inner and outer at once: the gradient at the last step's probe, and the next probe."""
-        probe, split, sums = self.inputs.state.probe, self.inputs.split, list[SafetySums]()
+        probe, sums = self.inputs.state.probe, list[SafetySums]()
         if self.config.gradient == "finite_difference":
             gradients = self._difference(probe, u)
         else:
             solved = self._with_pairs(probe, u, sums) if self.inputs.delayed else self._duals(probe, u)
             gradients = total(solved, self.ranks)
-        if split is not None:
+        if self.config.tangent_fraction < 1:
             gradients = along(gradients, u)
         direction = Direction.of(sums[0].over(self.ranks)) if sums else None
         return Passed(gradients, probe, self._climbed(gradients, probe), direction)
@@ -119,7 +126,7 @@ class Schedule:
 
     def _objectives(self, probe: Probe, u: Flat) -> tuple[partial[Dual], partial[Ordinary]]:
         """Make the objectives of a micro-batch with tangents, and of one without, at one probe."""
-        scored = self._scored()
+        scored = self.scored
         dual = partial(Dual, self.decoder, scored=scored, probe=probe, u=u)
         return dual, partial(Ordinary, self.decoder, scored=scored, probe=probe)
 
@@ -138,19 +145,20 @@ class Schedule:
 
     def _inners(self, zero: Probe, u: Flat, cuts: list[Cut], *, keep: bool) -> Iterator[list[Gradients]]:
         """Solve the inner problem of each micro-batch that carries tangents; what is kept is put into ``cuts``."""
-        split, micros, scored = self.inputs.split, self.inputs.micros, self._scored()
+        split, micros, scored = self.inputs.split, self.inputs.micros, self.scored
         for micro in micros if split is None else split_sides(split)[0]:
             inner = Inner(self.decoder, micro, scored, zero, u, keep=keep)
             yield from solve(self.decoder, [inner])
             if inner.cut is not None:
                 cuts.append(inner.cut)
+            del inner  # and with it its stream, while the next one runs what lies beneath
 
     def _outer(self, cuts: list[Cut], probe: Probe) -> Gradients:
-        decoder, scored = self.decoder, self._scored()
+        decoder, scored = self.decoder, self.scored
         return self._total(Outer(decoder, cut, scored, probe) for cut in cuts)
 
     def _ordinary(self, probe: Probe | None) -> Gradients:
-        decoder, scored, micros = self.decoder, self._scored(), self.inputs.micros
+        decoder, scored, micros = self.decoder, self.scored, self.inputs.micros
         return self._total(Ordinary(decoder, micro, scored, probe) for micro in micros)
 
     def _total(self, objectives: Iterable[Objective[Gradients]]) -> Gradients:
@@ -158,7 +166,7 @@ class Schedule:
         return total((found for objective in objectives for found in solve(self.decoder, [objective])), self.ranks)
 
     def _difference(self, probe: Probe, u: Flat) -> Gradients:
-        decoder, scored, radius = self.decoder, self._scored(), self._alpha()
+        decoder, scored, radius = self.decoder, self.scored, self._alpha()
         ahead = (Flat.of(decoder.trained) + u * radius).copies(decoder.trained)
         micros = self.inputs.micros
         return total(([finite_difference(decoder, m, scored, probe, ahead, radius)] for m in micros), self.ranks)
@@ -169,9 +177,6 @@ class Schedule:
         assert rows is not None  # the step finds a direction
         acting = self.inputs.state.probe.leaves() if config.probe_in_safety_pass else {}
         return Safety(self.decoder, rows, self.ranks.count(rows.sequences // 2), acting, config)
-
-    def _scored(self) -> Count:
-        return self.ranks.count(scored_tokens(self.inputs.micros))
 
     def _climbed(self, gradients: Gradients, probe: Probe) -> Probe:
         self.decoder.enter("update")

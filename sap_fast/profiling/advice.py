@@ -78,8 +78,8 @@ class Parts:
             passes = self.ordinary + extra * _tangents(config, batch)
         total = 0.0
         for kind in kinds(config):
-            step = passes + self.rest if kind.probes else self.ordinary + self.ordinary_rest
-            total += kind.weight * (step + (direction if kind.directs else 0.0))
+            step = passes + self.rest if kind.finds_probe else self.ordinary + self.ordinary_rest
+            total += kind.weight * (step + (direction if kind.finds_direction else 0.0))
         return total
 
 
@@ -122,8 +122,8 @@ def _candidates(config: SAPConfig, batch: int, pairs: int) -> list[dict[str, Any
 
 def _reason(parts: Parts, config: SAPConfig, changes: Mapping[str, Any], now: float) -> str:
     several = kinds(config)
-    direction = sum(kind.weight for kind in several if kind.directs) * parts.direction / now
-    probe = sum(kind.weight for kind in several if kind.probes) * max(0.0, parts.passes - parts.ordinary) / now
+    direction = sum(kind.weight for kind in several if kind.finds_direction) * parts.direction / now
+    probe = sum(kind.weight for kind in several if kind.finds_probe) * max(0.0, parts.passes - parts.ordinary) / now
     extra = "tangents" if "tangent_fraction" in changes else "finding the probe"
     held = []
     if changes.keys() - {"tangent_fraction"}:

@@ -118,7 +118,7 @@ def _parts(phases: Mapping[str, Sequence[Cost]], config: SAPConfig, typical: tup
     several = kinds(config)
     keys = [SAP_STEP] if len(several) == 1 else [f"{SAP_STEP}-{i}" for i in range(1, len(several) + 1)]
     # A step without a direction and a probe: SAP's own where the settings have one.
-    plain = next((key for key, kind in zip(keys, several, strict=True) if not kind.probes), SFT)
+    plain = next((key for key, kind in zip(keys, several, strict=True) if not kind.finds_probe), SFT)
     return Parts.of(seconds(keys[0]), seconds(plain), config, *typical)
 
 

@@ -31,22 +31,22 @@ class Kind:
     """Describes one kind of SAP's steps, and how often it comes.
 
     Attributes:
-        directs: whether a harmful direction is found in it.
-        probes: whether a probe is found in it.
+        finds_direction: whether a harmful direction is found in it.
+        finds_probe: whether a probe is found in it.
         weight: its share of all steps.
         rhythm: where a handle stands before such a step.
     """
 
-    directs: bool
-    probes: bool
+    finds_direction: bool
+    finds_probe: bool
     weight: float
     rhythm: Rhythm
 
     def label(self, config: SAPConfig) -> str:
         """Say what tells steps of this kind from the others under ``config``."""
-        if self.directs:
+        if self.finds_direction:
             return "a step with a direction and a probe" if config.uses_probe else "a step with a direction"
-        if not config.uses_probe or self.probes:
+        if not config.uses_probe or self.finds_probe:
             return "a step with the last direction"
         return "an ordinary pass at the last probe"
 

@@ -65,7 +65,7 @@ def lora_linear_grouped(groups: Sequence[Group]) -> list[list[Dual]]:
     flat: list[Tensor | None] = []
     for group in groups:
         flat += [group.x, group.x_dot, *(tensor for target in group.targets for tensor in target[2:6])]
-    ys = iter(_Together.apply(_Maps(weights, float8, groups, seeds), *flat))
+    ys = iter(_Grouped.apply(_Maps(weights, float8, groups, seeds), *flat))
     return [[(next(ys), next(ys)) for _ in group.targets] for group in groups]
 
 
@@ -137,7 +137,7 @@ class _Maps:
         return found
 
 
-class _Together(torch.autograd.Function):
+class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, maps: _Maps, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)

@@ -43,7 +43,7 @@ def set_aside(folder: Path) -> Path | None:
 
 
 def discard(folder: Path | None) -> None:
-    """Remove what :func:`set_aside` kept."""
+    """Remove what :func:`set_aside` has kept."""
     if folder is None:
         return
     if folder.is_dir():
@@ -81,12 +81,12 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """As :func:`write_text`."""
+    """Write an object as JSON, whole or not at all, as :func:`write_text` does."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside the target and rename, so that a kill leaves the old file or the new one."""
+    """Write a text beside its place and rename it, so that a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -29,7 +29,7 @@ Count = int | Tensor
 
 @dataclass(frozen=True)
 class PrefixSharing:
-    """Where sequences share rows: ``spread`` takes the row of each token; ``cu_seqlens`` and ``max_seqlen`` of tokens.
+    """Holds where sequences share rows: ``spread`` takes each token's row; ``cu_seqlens, max_seqlen`` are of tokens.
 
     A sequence owns the rows that no sequence before it has. They are its last tokens, and stand together.
     """
@@ -41,7 +41,7 @@ class PrefixSharing:
 
 @dataclass(frozen=True)
 class Padding:
-    """What of rows of static shapes is dead (``sap_fast/batch/buckets.py``), on the device.
+    """Holds what is dead in rows of static shapes (``sap_fast/batch/buckets.py``), on the device.
 
     ``tokens [tokens]`` and ``labels [M]`` bool: which of them; ``scored`` 0-dim: how many labels are not.
     """
@@ -87,7 +87,7 @@ class Rows:
 
     @property
     def scored(self) -> Count:
-        """How many tokens are scored; of padded rows 0-dim, on the device."""
+        """The number of scored tokens; of padded rows 0-dim, on the device."""
         return self.labels.shape[0] if self.padding is None else self.padding.scored
 
 
@@ -109,7 +109,7 @@ class HostBatch:
         return (self.labels[:, 1:] != IGNORED) & self.real[:, :-1] & self.real[:, 1:]
 
     def select_sequences(self, sequences: Sequence[int]) -> "HostBatch":
-        """Take some of its sequences, in the order given."""
+        """Take some of the batch's sequences, in the order given."""
         return HostBatch(*(x[list(sequences)] for x in (self.input_ids, self.labels, self.real)))
 
 
@@ -227,7 +227,7 @@ def read_pairs(
 
 
 def packed(batch: HostBatch) -> Rows:
-    """A checked batch as packed rows, still on the host; a subset that was drawn may have no scored token."""
+    """Pack a checked batch, still on the host; a subset that was drawn may have no scored token."""
     real, lengths = batch.real, batch.real.sum(1)
     row = real.ravel().cumsum().reshape(real.shape) - 1
     # labels[:, t + 1] is predicted by row t.

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def draw(path: Path, ways: Mapping[str, Sequence[Any]], title: str) -> None:
-    """Margin against task loss, a line a method, steps written at its points.
+    """Draw margin against task loss, a line a method, with the steps written at its points.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

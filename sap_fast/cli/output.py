@@ -34,7 +34,7 @@ _WRITTEN = {
 
 
 def claim_run(folder: Path, *, overwrite: bool) -> None:
-    """As :func:`claim`, for a run, which replaces ``adapter/`` and ``checkpoints/`` as a whole.
+    """Check that a run may write to ``folder``, where it replaces ``adapter/`` and ``checkpoints/`` as a whole.
 
     Raises:
         CommandError: also if one of these holds what no run has written.

@@ -105,7 +105,7 @@ class HostBatch:
 
     @property
     def scored(self) -> np.ndarray:
-        """Which tokens row t predicts and the loss is over ``[B, T - 1]``; a sequence's first has no predecessor."""
+        """Marks ``[B, T - 1]`` where row t predicts a token that the loss is over; a first token has no predecessor."""
         return (self.labels[:, 1:] != IGNORED) & self.real[:, :-1] & self.real[:, 1:]
 
     def select_sequences(self, sequences: Sequence[int]) -> "HostBatch":

@@ -27,7 +27,7 @@ __all__ = ["ACTIVATIONS", "glu"]
 def glu(
     gate: Tensor, gate_dot: Tensor | None, up: Tensor, up_dot: Tensor | None, *, activation: str
 ) -> tuple[Tensor, Tensor | None]:
-    """``y = s(gate) up`` and its tangent ``y_dot = s'(gate) gate_dot up + s(gate) up_dot``.
+    """Compute ``y = s(gate) up`` and its tangent ``y_dot = s'(gate) gate_dot up + s(gate) up_dot``.
 
     Args:
         gate, gate_dot, up, up_dot: ``[rows, d]``, float32, bfloat16 or float64; both tangents None is an
@@ -96,7 +96,7 @@ def _backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Te
 
 
 def _backward_(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
-    """... into the first n halves of gate and up."""
+    """Write the backward's results into the first n halves of gate and up."""
     dgate, dup = _backward(dy, gate, up, activation)
     gate[: len(dy)] = dgate
     up[: len(dy)] = dup

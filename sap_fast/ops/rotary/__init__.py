@@ -91,13 +91,13 @@ class _Rotary(torch.autograd.Function):
 
 
 def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """A linear map acts on all halves alike: no tangent rule is needed."""
+    """Rotate all halves alike: of a linear map, no tangent rule is needed."""
     halves_of = [primal(q_half, k_half, cos, sin) for q_half, k_half in zip(q, k, strict=True)]
     return tuple(torch.stack(parts) for parts in zip(*halves_of, strict=True))
 
 
 def _backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """... and so does its transpose, which does not depend on where it is taken: here, at zero."""
+    """Apply the transpose to all halves alike; it does not depend on where it is taken: here, at zero."""
     halves_of = [
         pullback(lambda q, k: primal(q, k, cos, sin), (torch.zeros_like(q), torch.zeros_like(k)), (q, k))
         for q, k in zip(dq.split(1), dk.split(1), strict=True)

@@ -48,7 +48,7 @@ PASSES: dict[str, tuple[Callable[[Problem], Problem], int]] = {
 
 
 def clock() -> float:
-    """Seconds, once the device has done what it was given before."""
+    """Return the seconds, once the device has done what it was given before."""
     if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -58,7 +58,7 @@ pytestmark = pytest.mark.benchmark(timer=clock, disable_gc=True)
 
 
 class Subject(NamedTuple):
-    """What is timed."""
+    """Holds what is timed."""
 
     name: str
     op: OpCases

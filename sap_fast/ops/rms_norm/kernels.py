@@ -126,7 +126,7 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program a block of rows. ``dy_half`` is 0 in half mode: the one half there is, is the ordinary gradient."""
+    """Compute ``dx``, one program a block of rows. ``dy_half`` is 0 in half mode: there is one half, the gradient."""
     # [ROWS, 1], [BLOCK]
     o_row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     o_d = tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""How a step scales: time and memory for each token of the task batch, as one thing grows and the others stay.
+"""Measures how a step scales: time and memory for each task token, as one thing grows and the others stay.
 
     python -m benchmarks.scaling --json result.json [--device cuda --model llama-2-7b --dtype bfloat16] [--full]
         [--axes tokens length probes targets] [--tokens 256 1024 ...] [--rounds 3]

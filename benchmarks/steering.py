@@ -261,7 +261,7 @@ def evaluate(decoder: Decoder, at: Situation, vectors: Vectors) -> tuple[float, 
     with torch.no_grad(), decoder.installed():
         run = decoder.start(at.rows, None, theta_dot=at.u, probe=probe)
         nll, nll_dot = decoder.forward(run)
-    assert nll_dot is not None  # it is a pair
+    assert nll_dot is not None  # it is a dual
     return float(nll.mean()), float(nll_dot.mean())
 
 

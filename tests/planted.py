@@ -9,7 +9,7 @@ import torch
 
 
 def test_before() -> None:
-    """Nothing is wrong with what comes before ..."""
+    """Nothing is wrong with what comes before the failures."""
 
 
 def test_wrong_number(record_property) -> None:
@@ -35,4 +35,4 @@ def test_death_by_signal() -> None:
 
 
 def test_after() -> None:
-    """... nor with what comes after."""
+    """Nothing is wrong with what comes after the failures."""

@@ -79,7 +79,7 @@ def test_what_others_hold_does_not_count() -> None:
 
 @pytest.mark.parametrize("name", ["tidy", "plain-sft", "own-sft", "lagged", "fresh", "probe-every"])
 def test_counting_ops_changes_no_peak(name: str) -> None:
-    """... so that both are counted in the same steps."""
+    """Counting ops leaves the peak alone, so that both are counted in the same steps."""
     model = models.with_lora(models.tiny_base()[0])
     wake(model)
     given = rows(models.WordTokenizer(), models.examples(), Shapes(4, 40, 2, 40), "real", "cpu")

@@ -50,7 +50,7 @@ def test_options_writes_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_exact_step_agrees_with_itself() -> None:
-    """... and what is looked at is what a plain handle's step leaves."""
+    """What is looked at is what a plain handle's step leaves."""
     model = models.with_lora(models.tiny_base()[0])
     data = options.Given(models.WordTokenizer(), models.examples(), sap_fast.data.safety_pairs(), "cpu")
     twin = models.twin(model)
@@ -68,7 +68,7 @@ def test_the_exact_step_agrees_with_itself() -> None:
 
 
 def test_the_effect_is_what_the_probe_adds() -> None:
-    """Of no strength, it adds nothing, and the cosine of nothing is 0."""
+    """A probe of no strength adds nothing, and the cosine of nothing is 0."""
     model = models.with_lora(models.tiny_base()[0])
     data = options.Given(models.WordTokenizer(), models.examples(), sap_fast.data.safety_pairs(), "cpu")
     rows = options.look(model, data, 0, 1, [{"strength": 0.0}])

@@ -146,7 +146,7 @@ def test_what_has_no_time_left_is_left_out_by_name(tmp_path: Path) -> None:
 
 
 def test_rounds_end_with_the_time() -> None:
-    """... but for the first, without which there would be no row."""
+    """No round begins after the deadline but the first, without which there would be no row."""
     run = Run(lambda: torch.zeros(()), {}, [1])
     for deadline, expected in ((0.0, [1]), (None, list(range(1, 10)))):
         rounds = Rounds({"a": (run, 1), "b": (run, 2)}, "cpu", deadline=deadline)
@@ -155,7 +155,7 @@ def test_rounds_end_with_the_time() -> None:
 
 
 def test_who_fails_while_timed_costs_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """... nor does a failing count of launches cost a row its times."""
+    """A failing contender costs no other; nor does a failing count of launches cost a row its times."""
     calls = Counter[str]()
 
     def failing(name: str, at: int) -> Contender:
@@ -205,7 +205,7 @@ def test_two_copies_of_the_weights_are_not_held_at_once(monkeypatch: pytest.Monk
 
 
 def test_large_models_are_made_in_their_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in float32 first, which takes twice the memory."""
+    """A large model is not made in float32 first, which takes twice the memory."""
     made: list[torch.dtype] = []
 
     def base(dtype: torch.dtype) -> tuple[nn.Module, Any]:
@@ -342,7 +342,7 @@ def test_qwen_has_a_model_of_its_shape() -> None:
 
 
 def test_ligers_patches_stay_with_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """... also those that it makes to the module that all models of a kind share."""
+    """The patches that Liger makes to the module of all models of a kind stay with its model, too."""
     from transformers.models.qwen2 import modeling_qwen2 as shared
 
     turn, calls = shared.apply_rotary_pos_emb, []

@@ -55,7 +55,7 @@ def test_formulas_are_the_rules_derived(op: OpCases, case: Case, mode: str) -> N
 
 @pytest.mark.parametrize("name", ["attention", "lora_linear", "linear_cross_entropy"])
 def test_formulas_compile_to_one_graph(name: str) -> None:
-    """... so that the comparison with torch.compile is one with its best."""
+    """Each formula is one graph, so that the comparison with torch.compile is one with its best."""
     subject = Subject.of(subjects.op_named(name), "tiny", 8, 4)
     with Recorder(formulas.rule) as recorder:
         run(subjects.op_named(name), subjects.posed(subject, "cpu", torch.float32))
@@ -68,7 +68,7 @@ def test_formulas_compile_to_one_graph(name: str) -> None:
 
 @pytest.fixture
 def middling(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A model wide enough for bfloat16 errors to average out."""
+    """Make a model wide enough for bfloat16 errors to average out."""
     monkeypatch.setitem(subjects.MODELS, "middling", Widths(256, 512, 300, 4, 2, 64))
     return "middling"
 
@@ -84,7 +84,7 @@ def test_contenders_are_found_right(op: OpCases, dtype: torch.dtype, middling: s
 
 
 def test_the_truth_of_attention_is_derived_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """... of whole sequences, the rows after the last among them."""
+    """The parts are whole sequences, the rows after the last among them."""
     op, subject = subjects.op_named("attention"), Subject("attention", "tiny", 30, 4)
     problem = subjects.posed(subject, "cpu", torch.float32)
     monkeypatch.setattr(cases, "_TOKENS_AT_ONCE", 9)
@@ -197,7 +197,7 @@ def test_the_clock_stands_still_outside_of_regions() -> None:
 
 
 def test_on_a_gpu_a_region_is_the_time_between_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """... and nobody waits for the device before its work is queued."""
+    """The time is that between events, and nobody waits for the device before its work is queued."""
     done: list[str] = []
 
     class Event:
@@ -264,7 +264,7 @@ def test_rows_and_targets() -> None:
 
 
 def test_the_wide_model_has_a_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A narrow one of its kind."""
+    """A narrow model of the same kind has one."""
     monkeypatch.setitem(fidelity.MODELS, "llama", (lambda: models.llama_base(3, 32, 2, 1024), (1, 2)))
     rows = [*fidelity.measure("llama", 1, None, "cpu")]
     assert not [row for row in rows if fidelity.misses(row)]

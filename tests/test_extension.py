@@ -74,7 +74,7 @@ def test_an_op_has_the_kernel_that_csrc_has_for_it() -> None:
 
 @pytest.fixture
 def many_rows(monkeypatch: pytest.MonkeyPatch, op: OpCases, dtype: torch.dtype) -> Problem:
-    """Large enough for every loop of a kernel to be shared between threads, whose least share is 16384 elements."""
+    """Make inputs large enough for every loop of a kernel to be shared between threads: the least share is 16384."""
     monkeypatch.setitem(subjects.MODELS, "middling", Widths(272, 517, 301, 4, 2, 68))
     return subjects.posed(Subject.of(op, "middling", 203, 29), "cpu", dtype)
 
@@ -83,7 +83,7 @@ def many_rows(monkeypatch: pytest.MonkeyPatch, op: OpCases, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @every_op_with_a_kernel
 def test_threads_change_no_bit(op: OpCases, dtype: torch.dtype, many_rows: Problem) -> None:
-    """... but where a product of torch's sums over the vocabulary, which differs by roundings."""
+    """No bit changes but where a product of torch's sums over the vocabulary, which differs by roundings."""
     found = []
     before = torch.get_num_threads()
     try:
@@ -181,7 +181,7 @@ def test_the_smaller_capability_keeps_the_contract() -> None:
 @needs_extension
 @every_op_with_a_kernel
 def test_tensors_that_do_not_fit_are_refused(op: OpCases) -> None:
-    """... by the raw ops themselves: a kernel must not read what lies behind a tensor."""
+    """The raw ops themselves refuse: a kernel must not read what lies behind a tensor."""
     case = next(case for case in op.cases if case.purpose == "contract" and "0" not in case.name)
     problem = pose(op, case, torch.Generator().manual_seed(0))
     with Recorder() as recorder:

@@ -29,7 +29,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def posed(device: str, rows: tuple[int, ...] = (5, 7, 4), *, pair: bool = True) -> list[Group]:
-    """Streams through the same frozen maps, each with adapters, dropout and a seed of its own; the first is a pair."""
+    """Streams through the same frozen maps, each with adapters, dropout and a seed of its own; the first is a dual."""
     rng = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, grad: bool = True) -> Tensor:
@@ -52,7 +52,7 @@ def posed(device: str, rows: tuple[int, ...] = (5, 7, 4), *, pair: bool = True) 
 
 
 def results(parts: list[Group], of: list[list[Any]]) -> list[Tensor]:
-    """The outputs and, at random cotangents, the gradients of everything that requires grad."""
+    """Compute the outputs and, at random cotangents, the gradients of everything that requires grad."""
     outputs = [y for pairs in of for pair in pairs for y in pair if y is not None]
     rng = torch.Generator().manual_seed(1)
     dys = [torch.randn(y.shape, generator=rng, dtype=f64).to(y.device) for y in outputs]
@@ -141,7 +141,7 @@ def test_the_ops_keep_their_schema(pair: bool, device: str) -> None:
 
 @pytest.mark.skipif(not _C.loaded, reason=f"the C++ kernels are not loaded: {_C.status}")
 def test_tensors_that_do_not_fit_are_refused() -> None:
-    """... by the C++ kernels themselves: they must not write behind a tensor."""
+    """The C++ kernels themselves refuse: they must not write behind a tensor."""
     part = posed("cpu", (5,), pair=False)[0]
     x, biases = part.x.detach()[None], [target.bias for target in part.targets]
     ys = [torch.randn(1, 5, d_out, dtype=f64) for d_out, _ in WIDTHS]

@@ -36,7 +36,7 @@ def posed(device: str, dtype: torch.dtype = torch.float32, rows: int = 5) -> tup
 
 
 def losses(mode: str, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The leaves of a mode, and the losses that have a gradient."""
+    """Make the leaves of a mode, and the losses that have a gradient."""
     x, x_dot = x.clone()
     leaves = {"single": [x], "half": [x_dot], "full": [x, x_dot]}[mode]
     for leaf in leaves:
@@ -129,7 +129,7 @@ def test_a_row_that_is_no_number_stays_alone(mode: str, dtype: torch.dtype, devi
 def test_a_target_outside_of_the_vocabulary_makes_its_loss_no_number(
     mode: str, target: int, dtype: torch.dtype
 ) -> None:
-    """... which the step refuses; and nothing else, as far as rows are concerned. (Triton: test_kernel_edges.py.)"""
+    """The step refuses that loss; no other row is concerned. (Triton: test_kernel_edges.py)"""
     x, weight, targets = posed("cpu", dtype)
     expected = gradients(mode, x, weight, targets)
     targets[1] = target

@@ -50,7 +50,7 @@ def writing(sap: SAP, device: Pretended) -> Iterator[None]:
 
 
 def events(device: Pretended) -> list[str]:
-    """... since the last call."""
+    """Return the events since the last call."""
     seen = device.events.copy()
     device.events.clear()
     return seen

@@ -62,7 +62,7 @@ def test_every_axis_has_its_rows_and_its_plot(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_wrong_contender_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """... by its name, and the others are measured."""
+    """A wrong contender is refused by its name, and the others are measured."""
 
     @contextmanager
     def wrong(model: torch.nn.Module, given: Given) -> Iterator[Run]:

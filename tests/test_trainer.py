@@ -38,7 +38,7 @@ def test_it_does_what_the_own_loop_does(tmp_path: Path) -> None:
 
 
 def test_training_batches_stay_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """... where a step packs them; those of evaluation go to the device, since the model's own forward takes them."""
+    """A step packs them on the host; those of evaluation go to the device: the model's own forward takes them."""
     prepared: list[Any] = []
     inner = trainer(tmp_path, {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 1}, eval_dataset=ROWS[:3])
     prepare = inner._prepare_inputs
@@ -240,7 +240,7 @@ def test_an_epoch_that_ends_early_leaves_no_half_window_behind(tmp_path: Path) -
                 control.should_epoch_stop = self.stopped = True
 
     def tokens(run: SAPTrainer) -> list[int]:
-        """Of each step."""
+        """List the tokens of each step."""
         seen: list[int] = []
         log = run.log
         run.log = lambda logs, *more: (seen.extend(r.tokens for r in run._reports), log(logs, *more))[1]

@@ -53,7 +53,7 @@ def _command() -> str:
 
 
 def _module(script: Path) -> str:
-    """What ``python -m`` was given, by the file that it ran: a folder's is its ``__main__.py``."""
+    """Name what ``python -m`` was given by the file that it ran: a folder's is its ``__main__.py``."""
     script = script.resolve()
     parts = ("benchmarks", script.stem)
     if script.is_relative_to(ROOT):

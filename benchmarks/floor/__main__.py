@@ -31,7 +31,7 @@ MODELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """What the table's rows compute on.
+    """Describes what the table's rows compute on.
 
     Attributes:
         task, pairs: ``(sequences, padded length)`` of the task, and of each of a pair's two answers with its prompt.

@@ -22,7 +22,7 @@ Name = Literal["sft", "published", "released", "literal", "lagged", "fresh"]
 
 @dataclass(frozen=True)
 class Device:
-    """What a device can do at best: ``peak`` in FLOP/s of matrix products, ``bandwidth`` in bytes/s of its memory."""
+    """Describes what a device can do at best: ``peak`` in FLOP/s of matrix products, ``bandwidth`` in bytes/s."""
 
     name: str
     peak: float
@@ -34,7 +34,7 @@ class Device:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What a step is given: the task, and the pairs (chosen and rejected rows together).
+    """Describes what a step is given: the task, and the pairs (chosen and rejected rows together).
 
     Without pairs the step goes on with a direction it has: what finding one costs is left out.
 
@@ -49,7 +49,7 @@ class BatchShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How a step is computed.
+    """Tells how a step is computed.
 
     Attributes:
         name: ``"sft"``: plain fine-tuning, pairs unread. ``"published"``: three passes, of the pairs, of the task at

@@ -156,7 +156,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a traversal computes on.
+    """Describes what a traversal computes on.
 
     Attributes:
         rows: tokens, with padding if that is computed on.

@@ -25,7 +25,7 @@ class SmokeCase(NamedTuple):
 
 
 def smallest(subject: Subject) -> Subject:
-    """Return as few rows as kernels are compiled for as they are for all of a subject's.
+    """Return the subject on the fewest rows for which its kernels are compiled as they are for all of its rows.
 
     A kernel knows widths, not the number of rows, unless its op says so (``Sizes``), or the longest sequence.
     """

@@ -115,7 +115,7 @@ def posed(subject: Subject, device: str, dtype: torch.dtype) -> Problem:
 
 
 def _shapes(name: str) -> Callable[..., Any]:
-    """Replace a raw op by one that computes nothing: its results have their shapes alone."""
+    """Make a rule of a raw op that computes nothing: its results have their shapes alone."""
 
     def rule(*args: Any) -> Any:
         outputs = getattr(torch.ops.sap_fast, name)(*tree_map_only(Tensor, lambda x: x.to("meta"), args))

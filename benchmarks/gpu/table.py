@@ -203,7 +203,7 @@ def _errors(items: Sequence[Item]) -> list[str]:
 
 
 def _steps(lines: Lines) -> list[str]:
-    """Whole steps: of each contender and kind of rows what is known by the most rounds, and of those the last word."""
+    """Write whole steps: of each contender and kind of rows what most rounds know, and of those the last word."""
     run = next((line for line in lines if line["kind"] == "run"), None)
     facts = [fact for stage in ("step", "float8", "small") for fact in results.rows(lines, stage)]
     found: dict[tuple, Mapping[str, Any]] = {}

@@ -59,7 +59,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture(scope="module")
 def forward(backend: Backend, length: int) -> Callable[[], tuple[Tensor, list[Tensor], Tensor]]:
-    """Run a forward that is right: return its result, what it is differentiated by, and a cotangent."""
+    """Make a forward that is right: it gives its result, what it is differentiated by, and a cotangent."""
     heads = Heads(DTYPE, HEAD_DIM)
     try:
         choose(backend, machine_of(DEVICE, heads), heads)

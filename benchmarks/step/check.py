@@ -1,4 +1,4 @@
-"""Whether a contender's loss and gradient are right, by plain autograd on a float64 copy of the model."""
+"""Checks that a contender's loss and gradient are right, by plain autograd on a float64 copy of the model."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -18,7 +18,7 @@ from sap_fast.evaluation.refusals import is_refusal
 
 @dataclass(frozen=True)
 class Suite:
-    """What a model is measured on. Pairs of ``look_alikes`` are (answer, refusal), of the others (refusal, opening).
+    """Holds what a model is measured on. ``look_alikes`` pairs are (answer, refusal), others (refusal, opening).
 
     ``trained``: pairs in the wordings that training knows; ``unseen``: others. ``prompts``: the requests of ``unseen``
     and of ``look_alikes``, to be answered.

@@ -14,7 +14,7 @@ output keep their meaning.
 Beneath the lowest probe the primal half needs no gradient, so the ops there run their half backward.
 
 Several traversals can be run together: a layer's forward is a generator for one of them, which hands out what goes into
-linear maps and is handed back what comes out, and the maps take the rows of all passes at once.
+linear maps and is handed back what comes out, and the maps take the rows of all at once.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -69,11 +69,11 @@ class Stream(NamedTuple):
 class Traversal:
     """Describes one traversal of the decoder, and what is constant over it.
 
-    ``theta`` holds the values of all LoRA tensors by name. ``theta_dot`` holds the direction, and makes the pass
+    ``theta`` holds the values of all LoRA tensors by name. ``theta_dot`` holds the direction, and makes the traversal
     a dual; gradients go to it (see :func:`sap_fast.ops.lora_linear`), else to ``theta``. ``probe`` holds
-    ``[S, d]`` stacks by layer. ``seed`` draws the dropout masks; None is a pass without dropout. ``rotary`` holds
+    ``[S, d]`` stacks by layer. ``seed`` draws the dropout masks; None is one without dropout. ``rotary`` holds
     ``(cos, sin)`` of every row by the layers' ``rotary_type``. ``float8`` holds frozen weights in float8 by module,
-    where products of this pass are to be formed in that.
+    where its products are to be formed in that.
     """
 
     rows: Rows
@@ -337,7 +337,7 @@ class Decoder:
             rows: a packed batch.
             seed: int64 scalar that draws the dropout masks; None is a pass without dropout.
             theta: values to use instead of the model's, by name; absent ones are the model's own.
-            theta_dot: the direction by name, which makes the pass a dual; weights it lacks do not move.
+            theta_dot: the direction by name, which makes the traversal a dual; weights it lacks do not move.
             probe: ``[S, d]`` stacks by layer.
         """
         theta = {**self.adapters, **(theta or {})}

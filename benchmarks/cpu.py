@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rows(benchmarks: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """One row for each op, model, dtype and pass, with every contender's median over both visits."""
+    """Make one row for each op, model, dtype and pass, with every contender's median over both visits."""
     seconds: dict[tuple[str, ...], dict[str, list[float]]] = {}
     moved: dict[tuple[str, ...], int] = {}
     for benchmark in benchmarks:
@@ -86,7 +86,7 @@ def rows(benchmarks: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def targets(table: Iterable[Row]) -> list[Row]:
-    """The row-wise ops in float32 against the plain formula."""
+    """Judge the row-wise ops in float32 against the plain formula."""
     result = []
     for row in table:
         faster = row.get("times_faster_than", {}).get("eager")
@@ -100,7 +100,7 @@ def targets(table: Iterable[Row]) -> list[Row]:
 
 
 def lines(table: Iterable[Row]) -> list[str]:
-    """The table as text. The last columns say how many times faster than another ours is."""
+    """Write the table as text. The last columns say how many times faster than another ours is."""
     result = [f"{'op':21}{'model':14}{'dtype':9} {'pass':9}{'ms':>9}{'GB/s':>7}{'reference':>11}{'eager':>8}"]
     for row in table:
         faster = row.get("times_faster_than", {})

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print(runs: dict[str, Any]) -> None:
-    """Each run, and its margin against plain fine-tuning's at the same learning rate and equal task loss."""
+    """Print each run, and its margin against plain fine-tuning's at the same learning rate and equal task loss."""
     plain = {run["learning_rate"]: [Point(**p) for p in run["way"]] for run in runs.values() if run["method"] == "sft"}
     for name, run in runs.items():
         line = f"{name:32} margin {run['margin_unseen']:+.3f}  task loss {run['task_loss']:.3f}"

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compared(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which rows of ``after`` have another digest, or none, in ``before``."""
+    """List the rows of ``after`` that have another digest, or none, in ``before``."""
 
     def key(row: Mapping[str, Any]) -> tuple[str, ...]:
         return row["setting"], row["variant"], row["dtype"]
@@ -117,7 +117,7 @@ def compared(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, A
 
 
 def digest(settings: Mapping[str, Any], dtype: str, variant: str, device: str) -> dict[str, str | None]:
-    """Ten steps from one start: their ``digest``, or the ``problem`` with which they were refused."""
+    """Take ten steps from one start: return their ``digest``, or the ``problem`` with which they were refused."""
     seen = hashlib.sha256()
     model = _model(DTYPES[dtype], dropout=0.1 if variant == "dropout" else 0.0).to(device)
     torch.manual_seed(1)
@@ -143,7 +143,7 @@ def fold(seen: Any, model: nn.Module, sap: SAP) -> None:
 
 
 def _model(dtype: torch.dtype, dropout: float) -> nn.Module:
-    """A model in ``dtype`` with adapters of rank 4 in float32, or in float64 where it is; B is not zero."""
+    """Make a model in ``dtype``, its adapters of rank 4 in float32, or in float64 where it is; B is not zero."""
     base, _ = models.random_base(layers=4, width=32)
     model = models.with_lora(base.to(dtype), rank=4, dropout=dropout, targets=TARGETS).train()
     generator = torch.Generator().manual_seed(2)
@@ -155,7 +155,7 @@ def _model(dtype: torch.dtype, dropout: float) -> nn.Module:
 
 
 def _batch(sequences: int, length: int, device: str) -> Batch:
-    """Random tokens, rows of unlike lengths that begin with the same three tokens, scored in their second half."""
+    """Draw random tokens, rows of unlike lengths that begin with the same three tokens, scored in the second half."""
     ids = torch.randint(3, VOCAB, (sequences, length))
     ids[:, :3] = torch.tensor([5, 6, 7])
     mask = torch.arange(length) < length - torch.arange(sequences)[:, None] % 4

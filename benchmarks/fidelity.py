@@ -1,4 +1,4 @@
-"""How well each way of computing the probe's gradient computes it, in the precision people train in.
+"""Measures how well each way of computing the probe's gradient does, in the precision people train in.
 
 The probe climbs ``grad_V L_dot``, where ``L_dot`` is the slope of the task loss along the harmful
 direction u. This script measures, against the exact derivative in float64,
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def misses(row: Row) -> bool:
-    """Whether a row of the dual pass, or the witness of the truth, is beneath its bound (or not a number)."""
+    """Tell whether a row of the dual pass, or the witness of the truth, is beneath its bound (or not a number)."""
     if row["gradient"] == "double backward":
         return not row["cosine"] >= BOUNDS["float32"]  # transformers casts to float32 in a float64 model
     if row["gradient"] != "dual" or row["truth"] != "float32 weights":
@@ -130,7 +130,7 @@ def measure(
     *,
     differences: bool = True,
 ) -> Iterator[Row]:
-    """The rows of one model, at initialisation and after ``steps`` steps of SAP in float32."""
+    """Make the rows of one model, at initialisation and after ``steps`` steps of SAP in float32."""
     load, layers = MODELS[name]
     base, tokenizer = models.smollm2_base(folder) if name == "smollm2" else load()
     model = models.with_lora(base).to(device)
@@ -169,7 +169,7 @@ def compare(
     check_truth: bool = True,
     differences: bool = True,
 ) -> Iterator[Row]:
-    """Every way of computing ``grad_V L_dot`` at ``probe`` along one direction, the dual pass first.
+    """Compute ``grad_V L_dot`` at ``probe`` along one direction in every way, the dual pass first.
 
     Args:
         model: in float32.
@@ -209,7 +209,7 @@ def compare(
 
 
 def dual(model: nn.Module, batch: Batch, u: Mapping[str, Tensor], probe: Vectors) -> dict[int, Tensor]:
-    """``grad_V L_dot`` by layer ``[d]``, by the library's dual pass in the model's dtype."""
+    """Compute ``grad_V L_dot`` by layer ``[d]``, by the library's dual pass in the model's dtype."""
     decoder = read_decoder(model)
     rows = pack(batch, vocab_size=decoder.vocab_size, device=decoder.device)
     wide = torch.promote_types(decoder.embedding.weight.dtype, torch.float32)
@@ -221,7 +221,7 @@ def dual(model: nn.Module, batch: Batch, u: Mapping[str, Tensor], probe: Vectors
 
 
 def double_backward(model: nn.Module, batch: Batch, u: Mapping[str, Tensor], probe: Vectors) -> dict[int, Tensor]:
-    """``grad_V L_dot`` by layer ``[d]``, by autograd through autograd on transformers' own model."""
+    """Compute ``grad_V L_dot`` by layer ``[d]``, by autograd through autograd on transformers' own model."""
     theta, wide_u = trained(model), _double(u)
     leaves = {j: v.requires_grad_() for j, v in _double(probe).items()}
     # The fused attentions have no second derivative.
@@ -232,7 +232,7 @@ def double_backward(model: nn.Module, batch: Batch, u: Mapping[str, Tensor], pro
 
 
 def in_bfloat16(model: nn.Module) -> nn.Module:
-    """A copy whose frozen weights are rounded to bfloat16; the adapters stay in float32."""
+    """Copy a model, its frozen weights rounded to bfloat16; the adapters stay in float32."""
     rounded = copy.deepcopy(model).to(torch.bfloat16)
     adapters = trained(model)
     for name, p in trained(rounded).items():
@@ -241,7 +241,7 @@ def in_bfloat16(model: nn.Module) -> nn.Module:
 
 
 def agreement(found: Vectors, truth: Vectors) -> dict[str, float]:
-    """Cosine and ratio of lengths over all layers together."""
+    """Compute the cosine and the ratio of lengths over all layers together."""
     a, b = (torch.cat([x[j].double() for j in truth]) for x in (found, truth))
     # In bfloat16 a small move can round to none: the difference is then zero, and has no cosine.
     cosine = float(a @ b / (a.norm() * b.norm())) if a.norm() > 0 else 0.0
@@ -253,7 +253,7 @@ def _double(tensors: Mapping) -> dict:
 
 
 def _turn(texts: Sequence, count: int, step: int) -> list:
-    """The ``count`` texts of a step, going round."""
+    """Take the ``count`` texts of a step, going round."""
     return [texts[(step * count + i) % len(texts)] for i in range(count)]
 
 

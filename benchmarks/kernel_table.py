@@ -1,4 +1,4 @@
-"""What a kernel's reader would ask, kernel by kernel: bytes, widths of accesses, registers, programs, a prediction.
+"""Tells what a kernel's reader would ask: bytes, widths of accesses, registers, programs, a prediction.
 
     python -m benchmarks.kernel_table [--write]
 
@@ -40,7 +40,7 @@ BEGIN, END = "<!-- made by benchmarks.kernel_table -->", "<!-- end -->"
 
 
 class Launch(NamedTuple):
-    """A kernel's launch: its grid, bytes of all tensors that it is given, each counted once, and its options."""
+    """Holds a kernel's launch: its grid, bytes of all tensors that it is given, each counted once, and its options."""
 
     name: str
     grid: tuple[int, ...]
@@ -53,7 +53,7 @@ class Launch(NamedTuple):
 
 
 class KernelRow(NamedTuple):
-    """One kernel at the widths of one model, in one pass of one mode.
+    """Describes one kernel at the widths of one model, in one pass of one mode.
 
     ``must``: bytes that the raw op has to read and write at least, at ``FEW`` and ``MANY`` rows. ``few``, ``many``: the
     kernel's launches there.
@@ -69,14 +69,14 @@ class KernelRow(NamedTuple):
     compiled: Compiled
 
     def microseconds(self, launches: Sequence[Launch], device: str) -> float:
-        """Bytes by bandwidth, of which fewer programs than multiprocessors reach their share alone."""
+        """The bytes by bandwidth, of which fewer programs than multiprocessors reach their share alone."""
         shares = (launch.bytes / min(1.0, launch.programs / PROCESSORS) for launch in launches)
         return 1e6 * sum(shares) / BANDWIDTH[device]
 
 
 @contextmanager
 def noted() -> Iterator[list[Launch]]:
-    """Within it launches are noted, and nothing is compiled or run."""
+    """Note launches within a block, in which nothing is compiled or run."""
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
@@ -89,7 +89,7 @@ def noted() -> Iterator[list[Launch]]:
 
 
 def launches(subject: Subject, mode: str) -> dict[str, tuple[int, list[Launch]]]:
-    """By pass: the bytes that a raw op has to move, and its launches, on tensors without memory."""
+    """Return by pass the bytes that a raw op has to move, and its launches, on tensors without memory."""
     found: dict[str, tuple[int, list[Launch]]] = {}
     with launched_for(ARCH), FakeTensorMode(), noted() as seen:
         problem = MODES[mode](posed(subject, "cpu", torch.bfloat16))
@@ -111,13 +111,13 @@ def launches(subject: Subject, mode: str) -> dict[str, tuple[int, list[Launch]]]
 
 
 def _bytes(x: Any) -> int:
-    """Of all tensors in nested tuples, lists and dicts, each counted once."""
+    """Count the bytes of all tensors in nested tuples, lists and dicts, each once."""
     tensors = {id(t): t for t in tree_leaves(x) if isinstance(t, Tensor)}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def rows(ops: Iterable[str], models: Iterable[str] = MODELS) -> list[KernelRow]:
-    """The rows of some ops, in the order of launches."""
+    """Make the rows of some ops, in the order of launches."""
     found = []
     for op in ops:
         for model in models:
@@ -146,13 +146,13 @@ def _rows(op: str, model: str, mode: str) -> list[KernelRow]:
 
 
 def _key(name: str, options: Mapping[str, Any]) -> tuple:
-    """What tells a kernel from another, whatever the rows: into how many parts a sum is cut follows from them."""
+    """Return what tells a kernel from another, whatever the rows: how many parts a sum has follows from them."""
     options = {key: value for key, value in options.items() if key != "BLOCKS"}
     return name, tuple(sorted((key, str(value)) for key, value in options.items()))
 
 
 def lines(found: Iterable[KernelRow]) -> list[str]:
-    """The table in Markdown."""
+    """Write the table in Markdown."""
     heads = ["op, pass", "kernel", "model", "must, MB", "given, MB", "programs", "loads, B", "stores, B", "registers"]
     heads += ["shared, KiB", "local, B", "H100, µs", "H200, µs"]
     text = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
@@ -171,7 +171,7 @@ def lines(found: Iterable[KernelRow]) -> list[str]:
 
 
 def _programs(launches: Sequence[Launch]) -> str:
-    """Of a launch; of several, as of the chunks of a head, how many there are."""
+    """Write the programs of a launch; of several, as of the chunks of a head, how many there are."""
     return str(launches[0].programs) + (f" × {len(launches)}" if len(launches) > 1 else "")
 
 
@@ -180,12 +180,12 @@ def _widths(accesses: Mapping[int, int]) -> str:
 
 
 def structural(table: Iterable[str]) -> list[str]:
-    """Of the table's lines, the columns that no release of Triton changes."""
+    """Return, of the table's lines, the columns that no release of Triton changes."""
     return ["|".join(line.split("|")[1:7]) for line in table]
 
 
 def written(page: str, table: Sequence[str]) -> str:
-    """A page with the table between its marks."""
+    """Return a page with the table between its marks."""
     head, _, rest = page.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return "\n".join([f"{head}{BEGIN}", "", *table, "", f"{END}{tail}"])

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(model: Any, folder: Path) -> None:
-    """The weights, and of the configuration what says how to read them: no path, no release of PEFT."""
+    """Write the weights, and of the configuration what says how to read them: no path, no release of PEFT."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -149,14 +149,14 @@ def _train(model: nn.Module, tokenizer: Any, args: argparse.Namespace) -> None:
 
 
 def _contrasted(tokenizer: Any, rows: list[dict[str, str]], openings: Sequence[str]) -> list[tuple[Tokens, Tokens]]:
-    """Each row with one whose answer is an opening that it should not have, round and round."""
+    """Contrast each row with one whose answer is an opening that it should not have, round and round."""
     unwanted = [_task(row["prompt"], openings[i % len(openings)]) for i, row in enumerate(rows)]
     both = (encode_tasks(tokenizer, texts, MAX_LENGTH) for texts in (rows, unwanted))
     return list(zip(*both, strict=True))
 
 
 def _log_likelihoods(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum of log-probabilities, and count, of each row's scored tokens."""
+    """Sum up the log-probabilities of each row's scored tokens, and count them."""
     with torch.autocast("cpu", torch.bfloat16):  # half the time, where the processor has bfloat16 units
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     labels = batch["labels"][:, 1:]

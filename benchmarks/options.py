@@ -1,4 +1,4 @@
-"""What the options that save passes cost in quality: how far from the exact step's are the numbers they work with.
+"""Measures what the options that save passes cost in quality: how far their numbers are from the exact step's.
 
     python -m benchmarks.options --json result.json [--model smollm2] [--steps 15] [--looks 8]
 
@@ -128,7 +128,7 @@ class Observer:
         self.ages = {"direction_age": 0, "probe_age": 0}
 
     def observe(self, batch: Batch, pairs: Batch | None) -> Tensor:
-        """Take a step; the gradient that it leaves, as one vector."""
+        """Take a step; return the gradient that it leaves, as one vector."""
         weights, before, delayed = (
             self._sap.decoder.trained.values(),
             self._sap.state,
@@ -151,7 +151,7 @@ class Observer:
         return torch.cat([p.grad.flatten() for p in weights if p.grad is not None])
 
     def acting(self) -> dict[str, Tensor]:
-        """What acts in the next step: vectors."""
+        """The vectors that act in the next step."""
         assert self.gradient is not None and self.direction is not None  # a step was taken
         return {
             "direction": self.direction.vector,
@@ -177,7 +177,7 @@ def look(
     looks: int,
     options: Sequence[Mapping[str, Any]] = OPTIONS,
 ) -> list[Row]:
-    """The rows of every option at every look.
+    """Make the rows of every option at every look.
 
     Args:
         model: is trained on, by the exact step.
@@ -210,7 +210,7 @@ def look(
 
 
 class Follower:
-    """An option's handle, on a twin of the model.
+    """Holds an option's handle, on a twin of the model.
 
     Attributes:
         parity: of a control's steps on other data; in those between, it is looked at. None of an option.
@@ -238,7 +238,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def summarised(rows: Sequence[Row]) -> list[Row]:
-    """Of each option, the mean and the least cosine over its looks."""
+    """Summarise each option by the mean and the least cosine over its looks."""
     summary = []
     for option in _options(rows):
         own = [row for row in rows if row["options"] == option]
@@ -257,7 +257,7 @@ def _options(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
 
 
 def lines(rows: Sequence[Row], summary: Sequence[Row]) -> list[str]:
-    """A table: mean (least) over the looks of each option; and by age, of what grows old."""
+    """Write a table: mean (least) over the looks of each option; and by age, of what grows old."""
     head = f"{'cosine to the exact step, mean (least)':44}" + "".join(f"{name:>18}" for name in COSINES)
     table = [head]
     for entry in summary:

@@ -1,4 +1,4 @@
-"""How a step scales: time and memory for each token of the task batch, as one thing grows and the others stay.
+"""Measures how a step scales: time and memory for each task token, as one thing grows and the others stay.
 
     python -m benchmarks.scaling --json result.json [--device cuda --model llama-2-7b --dtype bfloat16] [--full]
         [--axes tokens length probes targets] [--tokens 256 1024 ...] [--rounds 3]
@@ -123,13 +123,13 @@ class Bench:
         self.refused: list[Row] = []
 
     def measure(self, point: Point) -> list[Row]:
-        """A row for each contender that is right."""
+        """Make a row for each contender that is right."""
         if point not in self._known:
             self._known[point] = self._measured(point)
         return self._known[point]
 
     def _adapted(self, targets: tuple[str, ...]) -> nn.Module:
-        """The model with adapters on these maps; the last one is kept."""
+        """Return the model with adapters on these maps; the last one is kept."""
         if self._model is None or self._model[0] != targets:
             model = models.with_lora(models.twin(self._base), seed=0, targets=targets).to(self._device)
             wake(model)
@@ -177,7 +177,7 @@ class Bench:
         return rounds.seconds
 
     def _checked(self, model: nn.Module, point: Point) -> dict[str, Contender]:
-        """The contenders that are right with a point's probes and targets."""
+        """Return the contenders that are right with a point's probes and targets."""
         key = point.probes, point.targets
         if key not in self._right:
             looked_at = models.cut(model, CHECKED_LAYERS) if self._shallow else model
@@ -204,7 +204,7 @@ HEADINGS = (
 
 
 def line(row: Row) -> str:
-    """A row as text."""
+    """Write a row as text."""
     maps = {2: "q, v", 4: "attention"}.get(len(row["targets"]), "all")
     cells = f"{row['axis']:8}{row['tokens']:7}{row['length']:7}{row['probes']:7} {maps:10}{row['contender']:11}"
     if row["ms"] is None:
@@ -215,7 +215,7 @@ def line(row: Row) -> str:
 
 
 def drawing(rows: Sequence[Row], axis: str) -> str:
-    """An axis's rows as a figure: time and memory for each token."""
+    """Draw an axis's rows as a figure: time and memory for each token."""
     lines: dict[str, dict[str, list]] = {"us_per_token": {}, "bytes_per_token": {}}
     for row in rows:
         x = {2: "q, v", 4: "attention"}.get(len(row["targets"]), "all linear") if axis == "targets" else row[axis]

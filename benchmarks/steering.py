@@ -64,7 +64,7 @@ Vectors = Mapping[int, Tensor]
 
 @dataclass(frozen=True)
 class Situation:
-    """A task batch, packed too, a unit direction, and what holds there without a probe.
+    """Holds a task batch, packed too, a unit direction, and what holds there without a probe.
 
     ``gradient``: the exact ``grad_V L_dot`` by layer ``[d]``; ``scale``: each layer's median RMS over tokens.
     """
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def steers(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether exact signs of strength 0.01 steer by more than random ones, by three standard deviations."""
+    """Tell whether exact signs of strength 0.01 steer by more than random ones, by three standard deviations."""
     exact, random = (
         next(row for row in rows if (row["probe"], row["strength"]) == (f"{kind}, sign x RMS", 0.01))
         for kind in ("exact", "random")
@@ -157,7 +157,7 @@ def steers(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def harmful_pairs(prompts: Path | None) -> list[Pair]:
-    """The embedded pairs, or pairs of a templated refusal and a compliant opening, by request."""
+    """Read the embedded pairs, or pairs of a templated refusal and a compliant opening, by request."""
     if prompts is None:
         # By turns from each category, so that two batches do not differ in kind.
         pairs = safety_pairs()
@@ -181,14 +181,14 @@ def align(base: nn.Module, tokenizer: Any, pairs: Sequence[Pair], texts: Sequenc
 
 
 def margin(base: nn.Module, tokenizer: Any, pairs: Sequence[Pair]) -> float:
-    """Mean of log p(chosen) - log p(rejected) per token, of a model without adapters; in nats."""
+    """Compute the mean of log p(chosen) - log p(rejected) per token, of a model without adapters; in nats."""
     batch = _to(collate_pairs(tokenizer, pairs, MAX_LENGTH), next(base.parameters()).device)
     with torch.no_grad():
         return float(margins(base, batch, per_token=True).mean())
 
 
 def fine_tune(model: nn.Module, tokenizer: Any, texts: Sequence[Example]) -> None:
-    """The benign fine-tuning that wears refusals away, without protection."""
+    """Run the benign fine-tuning that wears refusals away, without protection."""
     batches = [_turn(texts, TASKS, step) for step in range(TUNING_STEPS)]
     _train(model, tokenizer, batches, LEARNING_RATE)
 
@@ -211,14 +211,14 @@ def situation(decoder: Decoder, tokenizer: Any, tasks: Sequence[Example], pairs:
 
 
 def published_gradient(model: nn.Module, at: Situation, layers: Sequence[int]) -> dict[int, Tensor]:
-    """The published difference at V = 0 by layer ``[d]``: frozen weights in bfloat16, autocast."""
+    """Compute the published difference at V = 0 by layer ``[d]``: frozen weights in bfloat16, autocast."""
     zero = {j: torch.zeros_like(at.gradient[j]) for j in layers}
     found = finite_differences(in_bfloat16(model), at.batch, at.u, zero, [PUBLISHED_RADIUS], autocast=True)
     return found[PUBLISHED_RADIUS]
 
 
 def measure(decoder: Decoder, here: Situation, there: Situation, published: Vectors, seeds: int) -> list[Row]:
-    """The table: every probe found at ``here``, acting here and there."""
+    """Make the table: every probe found at ``here``, acting here and there."""
     gradient, scale = here.gradient, here.scale
     unit = 1 / here.exact.probe_dot.norm()
     generator = torch.Generator().manual_seed(0)
@@ -256,17 +256,17 @@ def measure(decoder: Decoder, here: Situation, there: Situation, published: Vect
 
 
 def evaluate(decoder: Decoder, at: Situation, vectors: Vectors) -> tuple[float, float]:
-    """Task loss and its slope along the direction, with a probe by layer ``[d]``; a dual forward."""
+    """Compute task loss and its slope along the direction, with a probe by layer ``[d]``; a dual forward."""
     probe = Probe.of(vectors).dual_leaves()
     with torch.no_grad(), decoder.installed():
         run = decoder.start(at.rows, None, theta_dot=at.u, probe=probe)
         nll, nll_dot = decoder.forward(run)
-    assert nll_dot is not None  # it is a pair
+    assert nll_dot is not None  # it is a dual
     return float(nll.mean()), float(nll_dot.mean())
 
 
 def _train(model: nn.Module, tokenizer: Any, batches: Sequence[Sequence[Example]], rate: float) -> None:
-    """Plain fine-tuning."""
+    """Run plain fine-tuning."""
     optimizer = torch.optim.AdamW(trained(model).values(), lr=rate)
     device = next(model.parameters()).device
     for batch in batches:
@@ -276,7 +276,7 @@ def _train(model: nn.Module, tokenizer: Any, batches: Sequence[Sequence[Example]
 
 
 def _summary(trials: list[Row]) -> Row:
-    """Mean of each number over the trials, and under ``..._std`` its standard deviation."""
+    """Take the mean of each number over the trials, and under ``..._std`` its standard deviation."""
     row: Row = {key: mean(trial[key] for trial in trials) for key in trials[0]}
     if len(trials) > 1:
         row |= {f"{key}_std": stdev(trial[key] for trial in trials) for key in trials[0]}
@@ -284,7 +284,7 @@ def _summary(trials: list[Row]) -> Row:
 
 
 def _turn(texts: Sequence, count: int, step: int) -> list:
-    """The ``count`` texts of a step, going round."""
+    """Take the ``count`` texts of a step, going round."""
     return [texts[(step * count + i) % len(texts)] for i in range(count)]
 
 

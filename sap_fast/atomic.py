@@ -43,7 +43,7 @@ def set_aside(folder: Path) -> Path | None:
 
 
 def discard(folder: Path | None) -> None:
-    """Remove what :func:`set_aside` kept."""
+    """Remove what :func:`set_aside` has kept."""
     if folder is None:
         return
     if folder.is_dir():

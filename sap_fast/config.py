@@ -13,17 +13,17 @@ T = TypeVar("T")
 
 
 def paper_layers(depth: int) -> range:
-    """Outputs of layers 11 to 20 of 32, counted from 1 (arXiv 2505.16737, Table 7), at the same share of depth."""
+    """Choose layers 11 to 20 of 32, counted from 1 (arXiv 2505.16737, Table 7), at the same share of depth."""
     return range(round(10 / 32 * depth), max(round(20 / 32 * depth), round(10 / 32 * depth) + 1))
 
 
 def released_layers(depth: int) -> tuple[int, ...]:
-    """Layers 3 and 9 of 32, counted from 0 (released ``main.py``), at the same share of depth."""
+    """Choose layers 3 and 9 of 32, counted from 0 (released ``main.py``), at the same share of depth."""
     return tuple(sorted({round(3 / 32 * depth), round(9 / 32 * depth)}))
 
 
 def _setting(default: T, help: str) -> T:
-    """A field and its explanation, which ``help(SAPConfig)`` and the command's ``--help`` show alike."""
+    """Make a field with its explanation, which ``help(SAPConfig)`` and the command's ``--help`` show alike."""
     return field(default=default, metadata={"help": help})
 
 
@@ -216,7 +216,7 @@ class SAPConfig:
 
     @classmethod
     def released(cls, **changes: Any) -> "SAPConfig":
-        """What the authors' released code does, its faults aside; the gradient is exact here.
+        """Return the settings of the authors' released code, without its faults; the gradient is exact here.
 
         Sources, in the repository ChengcanWu/SAP (Apache-2.0), folder SAPcode:
 
@@ -245,7 +245,7 @@ class SAPConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> "SAPConfig":
-        """Algorithm 1 of the paper (arXiv 2505.16737), as far as descriptions of it tell.
+        """Return the settings of Algorithm 1 of the paper (arXiv 2505.16737), as far as descriptions of it tell.
 
         Written from the abstract and secondary accounts of the paper, not checked against its full text.
 
@@ -270,7 +270,7 @@ class SAPConfig:
         return replace(preset, **changes)
 
     def replace(self, **changes: Any) -> "SAPConfig":
-        """A copy with some settings changed."""
+        """Return a copy with some settings changed."""
         return replace(self, **changes)
 
     @property
@@ -278,7 +278,7 @@ class SAPConfig:
         return "probe" in self.guard.split("+")
 
     def layers_of(self, depth: int) -> tuple[int, ...]:
-        """The probed layers in a model of ``depth`` layers.
+        """Return the probed layers in a model of ``depth`` layers.
 
         Raises:
             ValueError: none, a repeated one, or one out of range.

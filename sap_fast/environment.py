@@ -1,4 +1,4 @@
-"""What a reader needs to place a number, and who serves which operation."""
+"""Tells what a reader needs to place a number, and who serves which operation."""
 
 import platform
 from importlib import import_module
@@ -18,7 +18,7 @@ _OPTIONAL = ("trl", "datasets", "flash-attn", "liger-kernel")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions, threads."""
+    """Return the device, the versions and the threads, by name."""
     packages = {name: found for name in _PACKAGES if (found := package_version(name))}
     return {
         "device": device_name(device),
@@ -30,7 +30,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """What a device is called by its maker."""
+    """Return what a device is called by its maker."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -42,7 +42,7 @@ def device_name(device: torch.device) -> str:
 
 
 def package_version(name: str) -> str | None:
-    """The installed release, or None."""
+    """Return the installed release of a package, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -55,7 +55,7 @@ def optional_versions() -> dict[str, str]:
 
 
 def devices() -> list[str]:
-    """Every device that torch can use here."""
+    """Name every device that torch can use here."""
     kernels = f"C++ kernels {_C.status}" if _C.loaded else f"no C++ kernels ({_C.status})"
     cpu = f"cpu: {device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, {kernels}"
     gpus = []
@@ -67,7 +67,7 @@ def devices() -> list[str]:
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """By operation, what serves it on each kind of device: a kernel of its own, or the PyTorch reference."""
+    """Tell by operation what serves it on each kind of device: a kernel of its own, or the PyTorch reference."""
     import_module("sap_fast.ops")  # which defines them
     found = {}
     for name in sorted(torch._C._dispatch_get_all_op_names()):
@@ -82,7 +82,7 @@ def backends() -> dict[str, dict[str, str]]:
 
 
 def attention_backends() -> list[str]:
-    """What serves attention in each kind of pass, and why the others do not."""
+    """Tell what serves attention in each kind of pass, and why the others do not."""
     heads = Heads(torch.bfloat16, 128)
     lines = ["dual passes, everywhere: own, since no other backend knows tangents"]
     for device in [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]:

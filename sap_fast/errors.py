@@ -5,16 +5,16 @@ The exception is ``StepRefusedError`` under ``check="deferred"``, which comes on
 
 
 class UnsupportedModelError(TypeError):
-    """The model holds something for which there is no dual rule; the message names it."""
+    """Raised where the model holds something for which there is no dual rule; the message names it."""
 
 
 class BatchError(ValueError):
-    """A batch or its pairs are malformed; the message says what was expected, what came and what to do."""
+    """Raised for a malformed batch or pairs; the message says what was expected, what came and what to do."""
 
 
 class StepRefusedError(RuntimeError):
-    """The step's numbers are unusable (not finite, or without direction). Nothing was written."""
+    """Raised where a step's numbers are unusable (not finite, or without direction). Nothing was written."""
 
 
 class DataError(ValueError):
-    """Training data that cannot be used; the message names the file and the line, or the row."""
+    """Raised for training data that cannot be used; the message names the file and the line, or the row."""

@@ -35,7 +35,7 @@ class Recorder(Protocol):
     """Records a function of no arguments, which reads and writes the same memory whenever it is called."""
 
     def record(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """Returns what the function returned when it was recorded, and a replay, which fills its tensors anew."""
+        """Record a function; return what it returned then, and a replay, which fills its tensors anew."""
         ...
 
 
@@ -67,7 +67,7 @@ class CudaGraphs:
 
 
 def what_blocks(decoder: Decoder) -> str | None:
-    """Why steps of a decoder cannot be captured; None if nothing speaks against it."""
+    """Tell why steps of a decoder cannot be captured; None if nothing speaks against it."""
     device = decoder.device
     if device.type != "cuda":
         return f"the model is on {device}, and CUDA graphs need a CUDA device"
@@ -80,7 +80,7 @@ def what_blocks(decoder: Decoder) -> str | None:
 
 @dataclass(frozen=True)
 class _Captured:
-    """A recorded step: the buffers it reads, its results as it filled them, and how to fill them again."""
+    """Holds a recorded step: the buffers it reads, its results as it filled them, and how to fill them again."""
 
     inputs: list[Tensor]
     results: Any
@@ -97,7 +97,7 @@ class _Captured:
 
 
 class Graphs:
-    """The captured steps of one model.
+    """Holds the captured steps of one model.
 
     Args:
         decoder: of the model.
@@ -117,7 +117,7 @@ class Graphs:
 
     @classmethod
     def of(cls, decoder: Decoder) -> "Graphs | None":
-        """CUDA graphs for a decoder; None, with a warning, where something blocks them."""
+        """Make CUDA graphs for a decoder; None, with a warning, where something blocks them."""
         if reason := what_blocks(decoder):
             _warn(reason, _ATTACH)
             return None
@@ -125,11 +125,11 @@ class Graphs:
 
     @property
     def active(self) -> bool:
-        """Whether steps are captured; no more once one could not be."""
+        """True while steps are captured; False once one could not be."""
         return self._recorder is not None
 
     def run(self, compute: Callable[[T], Any], given: T) -> Any:
-        """``compute(given)``: eagerly, or, where the like of it was seen before, by a replay.
+        """Run ``compute(given)`` eagerly or, where the like of it was seen before, by a replay.
 
         Args:
             compute: a function of the tensors in ``given`` and of the model. It may be called with others in their
@@ -183,7 +183,7 @@ class Graphs:
         return [x.data_ptr() for x in self._memory]
 
     def _modes(self) -> Hashable:
-        """What a recording has taken from the modules, apart from their weights."""
+        """Collect what a recording has taken from the modules, apart from their weights."""
         drops = [p.lora.lora_dropout[p.adapter] for p in self._adapted]
         return (
             tuple((drop.training, getattr(drop, "p", 0.0)) for drop in drops),

@@ -1,4 +1,4 @@
-"""What a step tells its caller."""
+"""Holds what a step tells its caller."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step measured. Numbers are 0-dim tensors on the model's device; ``to_dict`` copies them at once.
+    """Holds what one step measured. Numbers are 0-dim tensors on the model's device; ``to_dict`` copies them at once.
 
     Attributes:
         loss: mean negative log-likelihood over the scored tokens, at the probe in use (nats per token).
@@ -51,7 +51,7 @@ class StepReport:
     found_probe: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, read from the device in one copy; ``probe_norm`` is a dict by layer."""
+        """Return plain numbers, read from the device in one copy; ``probe_norm`` is a dict by layer."""
         scalars = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         stack = torch.stack([*scalars.values(), *self.probe_norm.values()]).double().tolist()
         numbers: dict[str, Any] = dict(zip(scalars, stack, strict=False))

@@ -37,7 +37,7 @@ Batch = Mapping[str, Tensor]
 
 
 class SAP:
-    """Safety-Aware Probing on one model. Made by :func:`attach`; a context manager that detaches at its end.
+    """Runs Safety-Aware Probing on one model. Made by :func:`attach`; a context manager that detaches at its end.
 
     :meth:`step` is ``commit(compute(batch, pairs))``, for those who want to look at what a step has found before it is
     written.

@@ -1,4 +1,4 @@
-"""The tensors inside nested dataclasses, tuples, lists and dicts: taken out in one order, and put in again."""
+"""Takes the tensors out of nested dataclasses, tuples, lists and dicts in one order, and puts others in."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import fields, is_dataclass, replace
@@ -12,7 +12,7 @@ LEFT_ALONE = {"holds tensors": False}
 
 
 def tensors_of(x: Any) -> tuple[list[Tensor], Hashable]:
-    """The tensors in ``x``, and what tells ``x`` from another of their kind: shapes, dtypes, and all that is no tensor.
+    """List the tensors in ``x``, and tell what else ``x`` is: shapes, dtypes, and all that is no tensor.
 
     Of two that are told alike, each can be rebuilt with the tensors of the other.
     """
@@ -37,7 +37,7 @@ def _collect(x: Any, found: list[Tensor], rest: list[Hashable]) -> None:
 
 
 def rebuilt(x: T, each: Callable[[Tensor], Tensor]) -> T:
-    """``x`` with other tensors in their places."""
+    """Return ``x`` with other tensors in their places."""
     if isinstance(x, Tensor):
         return each(x)  # type: ignore[return-value]
     if not _is_nested(x):

@@ -1,4 +1,4 @@
-"""How two sets of results are compared: by their largest difference, relative to a scale."""
+"""Compares two sets of results by their largest difference, relative to a scale."""
 
 from torch import Tensor
 
@@ -6,13 +6,13 @@ from sap_fast.ops._tolerances import EXACT
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference of two elements; NaN if there is one."""
+    """Compute the largest difference of two elements; NaN if there is one."""
     assert actual.shape == expected.shape
     return float((actual.double() - expected.double()).abs().max()) if expected.numel() else 0.0
 
 
 def scales(truth: dict[str, Tensor]) -> dict[str, float]:
-    """The largest element of each result, against which its error is measured.
+    """Find the largest element of each result, against which its error is measured.
 
     A result that is zero altogether has no scale: attention over one token, say, has no gradient in
     its query, and what is computed for it is the rounding error of terms that cancel. Its scale is

@@ -13,7 +13,7 @@ PAIRS = [{"prompt": f"Do harm {i}", "chosen": f"I cannot, not {i}.", "rejected":
 
 
 def prepare(folder: Path) -> Path:
-    """A working folder with a model, data and pairs."""
+    """Make a working folder with a model, data and pairs."""
     save_chat_model(folder / "model")
     write(folder / "data.jsonl", ROWS)
     write(folder / "pairs.jsonl", PAIRS)
@@ -34,7 +34,7 @@ def train(*more: str) -> int:
 
 
 def refused(capsys: Any, here: Path, *more: str, command: str = "train") -> str:
-    """What a run says that is refused, having left nothing behind."""
+    """Return what a run says that is refused, having left nothing behind."""
     capsys.readouterr()
     before = sorted(here.rglob("*"))
     code = main([command, *FLAGS, *SMALL, *QUIET, *more] if command == "train" else [command, *more])

@@ -46,7 +46,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def formula_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any], dict[str, torch.Tensor]]:
-    """The yardstick: the rules derived from the primal with every step in the dtype of its inputs.
+    """Derive the yardstick: the rules of the primal with every step in the dtype of its inputs.
 
     A primal widens bfloat16 to float32 (``compute_dtype``), which is what an op should do too;
     undone, it is the formula as anyone would write it in that dtype.
@@ -67,7 +67,7 @@ def formula_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any], dict[str
 
 @pytest.fixture(scope="module")
 def on_cpu() -> Iterator[None]:
-    """Where kernels are interpreted, let their launchers serve key CPU as well, for one module of tests.
+    """Let the launchers serve key CPU as well, where kernels are interpreted, for one module of tests.
 
     The interpreter keeps bfloat16 as raw 16-bit integers, and its product would multiply those: here it widens them.
     """

@@ -22,7 +22,7 @@ def _mask_kernel(seed, salt, mask, rows, width, LIMIT: tl.constexpr, KEPT: tl.co
 
 
 def mask(seed: Tensor, salt: int, rows: int, width: int, p: float) -> Tensor:
-    """What ``dropout_mask`` returns."""
+    """Draw what ``dropout_mask`` returns, by the kernel."""
     result = torch.empty(rows, width, device=seed.device)
     block = 64
     grid = (triton.cdiv(rows, block), triton.cdiv(width, block))

@@ -50,7 +50,7 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 
 def base_model(family: str = "llama", layers: int = 4, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A tiny random model of a family: 4 heads, 2 key-value heads."""
+    """Make a tiny random model of a family: 4 heads, 2 key-value heads."""
     import transformers
 
     config_name, model_name, extra = FAMILIES[family]
@@ -85,7 +85,7 @@ def tiny_model(
     adapter_dtype: torch.dtype | None = None,
     **lora: object,
 ) -> nn.Module:
-    """A tiny random PEFT model whose adapters are not at zero, in eval mode (no dropout)."""
+    """Make a tiny random PEFT model whose adapters are not at zero, in eval mode (no dropout)."""
     settings = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.0, **lora}
     model = get_peft_model(base_model(family, layers, dtype), LoraConfig(target_modules=list(targets), **settings))
     with torch.no_grad():
@@ -96,7 +96,7 @@ def tiny_model(
 
 
 def random_batch(sequences: int = 3, length: int = 9, *, ragged: bool = True) -> dict[str, Tensor]:
-    """Random tokens, ragged and padded right, the first third of each sequence not scored."""
+    """Draw random tokens, ragged and padded right, the first third of each sequence not scored."""
     ids = torch.randint(3, VOCAB, (sequences, length))
     mask, labels = torch.ones_like(ids), ids.clone()
     for b in range(sequences):
@@ -107,7 +107,7 @@ def random_batch(sequences: int = 3, length: int = 9, *, ragged: bool = True) ->
 
 
 def random_pairs(pairs: int = 2, length: int = 8) -> dict[str, Tensor]:
-    """Random pairs: each prompt twice, chosen rows first."""
+    """Draw random pairs: each prompt twice, chosen rows first."""
     batch = random_batch(2 * pairs, length)
     prompt = length // 3
     batch["input_ids"][pairs:, :prompt] = batch["input_ids"][:pairs, :prompt]
@@ -157,7 +157,7 @@ def probes(model: nn.Module, vectors: Mapping[int, Tensor]) -> Iterator[None]:
 
 
 def token_log_p(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """``(log p of token t + 1 given its past, whether it is scored)``, both ``[B, T - 1]``."""
+    """Compute ``(log p of token t + 1 given its past, whether it is scored)``, both ``[B, T - 1]``."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     log_p = F.log_softmax(logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)), -1)
     labels = batch["labels"][:, 1:]
@@ -183,7 +183,7 @@ def unit_direction(
     per_token: bool = True,
     logsigmoid: float | None = None,
 ) -> dict[str, Tensor]:
-    """The harmful direction; ``logsigmoid`` is its temperature, None the difference loss."""
+    """Compute the harmful direction; ``logsigmoid`` is its temperature, None the difference loss."""
     margin = margins(model, pairs, per_token=per_token)
     loss = -margin.mean() if logsigmoid is None else -F.logsigmoid(margin / logsigmoid).mean()
     grads = torch.autograd.grad(loss, list(lora(model).values()))
@@ -197,7 +197,7 @@ def exact(
     u: Mapping[str, Tensor],
     vectors: Mapping[int, Tensor],
 ) -> tuple[Tensor, Tensor, dict, dict, dict]:
-    """``(L, L_dot, grad_theta L, grad_V L, grad_V L_dot)`` by double backward."""
+    """Compute ``(L, L_dot, grad_theta L, grad_V L, grad_V L_dot)`` by double backward."""
     leaves = {j: v.detach().clone().requires_grad_() for j, v in vectors.items()}
     theta = lora(model)
     with probes(model, leaves):

@@ -9,7 +9,7 @@ import torch
 
 
 def test_before() -> None:
-    """Nothing is wrong with what comes before ..."""
+    """Nothing is wrong with what comes before the failures."""
 
 
 def test_wrong_number(record_property) -> None:

@@ -46,7 +46,7 @@ class Pretended(TorchFunctionMode):
         self._aside = False
 
     def put(self, x: Tensor) -> Tensor:
-        """From now on ``x``, and whatever is computed from it, is on the device; unless it has no memory at all."""
+        """Put ``x``, and whatever is computed from it, on the device; unless it has no memory at all."""
         if address := _address(x):
             self._there[address] = x
         return x
@@ -55,7 +55,7 @@ class Pretended(TorchFunctionMode):
         return isinstance(x, Tensor) and _address(x) in self._there
 
     def aside(self, function: Callable) -> Callable:
-        """``function``, noted as one event; its results are on the device."""
+        """Wrap ``function`` so that it is noted as one event; its results are on the device."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self.events.append(function.__name__)
@@ -128,7 +128,7 @@ def _by_mask(index: Any) -> bool:
 def on_pretended(
     model: nn.Module, config: SAPConfig, kind: type[Graphs] | None = None
 ) -> Iterator[tuple[SAP, Pretended]]:
-    """A handle on a model that lies on such a device, and that. The passes are one event, ``"_solved"``.
+    """Attach a handle to a model on such a device; yield both. The passes are one event, ``"_solved"``.
 
     Args:
         kind: of captured steps, recorded as in ``recorders.py``; None for ``graph=False``.

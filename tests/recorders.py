@@ -51,7 +51,7 @@ class Eager(Graphs):
 
 @contextmanager
 def attached(model: nn.Module, config: SAPConfig, kind: type[Graphs] = Graphs) -> Iterator[tuple[SAP, Rerun]]:
-    """A handle with ``graph=True`` whose steps are captured by a :class:`Rerun`, and that."""
+    """Attach a handle with ``graph=True`` whose steps are captured by a :class:`Rerun`; return both."""
     recorder = Rerun()
     with mock.patch.object(Graphs, "of", lambda decoder: kind(decoder, recorder)):
         sap = sap_fast.attach(model, config.replace(check="deferred", graph=True))

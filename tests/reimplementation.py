@@ -25,7 +25,7 @@ def _direction(model: nn.Module, pairs: Mapping[str, Tensor], probe: Mapping[int
 
 
 def _climb_gradient(model: nn.Module, batch: Mapping, u: Mapping, probe: Mapping, radius: float | None) -> dict:
-    """grad_V L_dot at ``probe``."""
+    """Compute grad_V L_dot at ``probe``."""
     theta, leaves = lora(model), {j: v.clone().requires_grad_() for j, v in probe.items()}
 
     def loss() -> Tensor:

@@ -37,7 +37,7 @@ def grads(model: nn.Module) -> dict[str, Tensor]:
 
 
 def gap(a: dict, b: dict) -> float:
-    """Relative distance of two dicts of tensors, taken together."""
+    """Compute the relative distance of two dicts of tensors, taken together."""
     assert a.keys() == b.keys()
     distance = sum(float((a[k] - b[k]).square().sum()) for k in b)
     return (distance / sum(float(b[k].square().sum()) for k in b)) ** 0.5
@@ -49,7 +49,7 @@ def plain_gradient(model: nn.Module, batch: dict) -> dict[str, Tensor]:
 
 
 def two_steps(model: nn.Module, config: SAPConfig, batches: list, pairs: list) -> tuple[dict, dict, Any]:
-    """Two steps without an optimizer, so that a lagged probe is in use: gradients and probe of the second."""
+    """Take two steps without an optimizer, so that a lagged probe acts: gradients and probe of the second."""
     with sap_fast.attach(model, config) as sap:
         for batch, pair in zip(batches, pairs, strict=True):
             model.zero_grad()

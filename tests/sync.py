@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def forbidden_syncs() -> Iterator[None]:
-    """Every wait for the device raises inside the block; what was allowed before is allowed again after it.
+    """Raise at every wait for the device inside the block; what was allowed before is allowed again after it.
 
     Setting the mode warns that it is a prototype. Where warnings are errors it is set all the same, so that setting it
     belongs inside the ``try``: an error mode that stays on would fail every later test of the process.

@@ -33,7 +33,7 @@ MODULES = {
 
 
 def imports(module: str) -> set[str]:
-    """The modules of the library that a module imports, wherever in it: at the top or within a function."""
+    """List the modules of the library that a module imports, wherever in it: at the top or within a function."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -46,7 +46,7 @@ def imports(module: str) -> set[str]:
 
 
 def room_of(module: str) -> str:
-    """``sap_fast`` itself for the package's own ``__init__`` and ``__main__``."""
+    """Name a module's room; ``sap_fast`` itself for the package's own ``__init__`` and ``__main__``."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else parts[0]
 

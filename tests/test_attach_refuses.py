@@ -68,7 +68,7 @@ def patched_forward() -> nn.Module:
 
 
 def changed(change: Callable[[Any], None], family: str = "llama") -> Callable[[], nn.Module]:
-    """A model that attach accepts, but for one change to the transformers model in it."""
+    """Make a model that attach accepts, but for one change to the transformers model in it."""
 
     def make() -> nn.Module:
         model = tiny_model(family)
@@ -87,7 +87,7 @@ def set_relu(base: Any) -> None:
 
 
 def prepared_by_accelerate() -> nn.Module:
-    """What Accelerator.prepare does for mixed precision: an autocast around the outermost forward."""
+    """Do what Accelerator.prepare does for mixed precision: an autocast around the outermost forward."""
     model = tiny_model()
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     return model
@@ -159,7 +159,7 @@ def other_family() -> nn.Module:
 
 
 def further_family(name: str) -> Callable[[], nn.Module]:
-    """A tiny model of a family that transformers has and the rule tables do not."""
+    """Make a tiny model of a family that transformers has and the rule tables do not."""
 
     def make() -> nn.Module:
         import transformers
@@ -196,7 +196,7 @@ def set_config(**settings: Any) -> Callable[[Any], None]:
 
 
 def norm_of_values(base: Any) -> None:
-    """What a family may have that its table does not name."""
+    """Add what a family may have that its table does not name."""
     attention = base.model.layers[1].self_attn
     attention.v_norm = type(attention.q_norm)(6).double().requires_grad_(False)
 

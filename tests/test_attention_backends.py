@@ -65,7 +65,7 @@ def windowed(
     left: int,
     right: int,
 ) -> Tensor:
-    """Of n queries and m keys, query i sees keys from i + m - n - left to i + m - n + right, -1 being all."""
+    """Let query i of n see keys i + m - n - left to i + m - n + right of m, -1 being all."""
     ends, ends_k = (x.tolist() for x in cu_seqlens)
     for x, most in ((ends, longest[0]), (ends_k, longest[1])):
         assert max(b - a for a, b in pairwise(x)) <= most
@@ -138,7 +138,7 @@ every_case = pytest.mark.parametrize(("op", "case"), PACKED, ids=[case.name for 
 
 
 def served_by(op: OpCases, ordinary: Ordinary) -> OpCases:
-    """Attention's cases, called as a layer calls its attention."""
+    """Make attention's cases call it as a layer does, with a backend for ordinary passes."""
     attend = Attention("sdpa", ordinary)
 
     def call(pairs: dict, c: dict) -> list:
@@ -181,7 +181,7 @@ def test_a_backend_agrees_with_the_oracle(
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash_attn, stand-in", "varlen_attn, stand-in"])
 def test_rows_of_no_sequence_are_zero(backend: str) -> None:
-    """In o and in gradients, whatever lies in those rows; also where no sequence has a row."""
+    """Whatever lies in rows of no sequence, o and gradients are zero there; also where no sequence has a row."""
     for lengths, lengths_k in (([4, 0, 2], None), ([0, 0], None), ([2, 0, 2], [4, 3, 2])):
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
         keys, used = (), [sum(lengths), sum(lengths_k or lengths)]
@@ -261,7 +261,7 @@ def test_a_release_too_old_is_not_loaded() -> None:
 
 
 def test_the_torch_here_has_what_varlen_attn_needs() -> None:
-    """Its arguments, which the stand-in was written from; its kernel needs a GPU."""
+    """The stand-in was written from the kernel's arguments; the kernel itself needs a GPU."""
     assert load("varlen_attn").func is packed_attention  # type: ignore[attr-defined]
 
 
@@ -281,7 +281,7 @@ class Calls(TorchDispatchMode):
 
 
 def one_step(model: nn.Module, config: SAPConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The gradients of a second step, at a probe, and that probe; of the same numbers in every dtype."""
+    """Take a second step, at a probe: its gradients, and that probe; of the same numbers in every dtype."""
     model.to(dtype).zero_grad()
     torch.manual_seed(1)
     steps = [(random_batch(), random_pairs()) for _ in range(2)]
@@ -301,7 +301,7 @@ STEPS["probe_every"] = CONFIG.replace(probe_update="normalised", probe_every=2)
 @pytest.mark.parametrize("config", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_step_by_sdpa_is_the_same_step(family: str, config: SAPConfig) -> None:
-    """In float64 to its rounding; in float32 no further from that than by the library's own kernels."""
+    """A step in float64 is the same to its rounding; in float32 no further off than by the library's own kernels."""
     model = tiny_model(family)
     truth = one_step(model, config.replace(attention="own"), torch.float64)
     sdpa = one_step(model, config.replace(attention="sdpa"), torch.float64)
@@ -334,7 +334,7 @@ def test_auto_on_a_cpu_leaves_float32_to_the_library() -> None:
 
 
 def usable(backend: Backend, heads: Heads) -> Ordinary:
-    """A backend on the GPU here; skips with its obstacle."""
+    """Return a backend on the GPU here; skip with its obstacle."""
     try:
         choose(backend, machine_of(torch.device("cuda"), heads), heads)
     except ValueError as problem:
@@ -348,7 +348,7 @@ def usable(backend: Backend, heads: Heads) -> Ordinary:
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_on_a_gpu(backend: Backend, head_dim: int) -> None:
-    """Right in bfloat16, the same bits again, zero in rows of no sequence, and without waiting for the device."""
+    """It is right in bfloat16, gives the same bits again, and zero in rows of no sequence, without waiting."""
     ordinary = usable(backend, Heads(torch.bfloat16, head_dim))
     rng = torch.Generator("cuda").manual_seed(0)
     alike = [0, 300, 300, 301, 557]

@@ -31,7 +31,7 @@ def posed() -> tuple[nn.Module, Given]:
 
 @pytest.mark.parametrize("name", [name for name in CONTENDERS if name not in OPTIONAL])
 def test_a_floor_counts_what_its_contender_does(name: str) -> None:
-    """Against the FLOPs of the ops that were called.
+    """A floor's FLOPs are held against those of the ops that were called.
 
     Those are more by what need not be computed (attention's masked half in transformers' forward, 2% of the whole at
     these lengths), and less by the cotangent of the first layer's input, 1%.
@@ -170,7 +170,7 @@ def test_targets_are_judged_by_results_of_their_shapes(other: dict[str, Any], ve
     ("n", "expected"), [(1, None), (5, None), (6, (1, 6)), (7, (1, 7)), (8, (1, 8)), (9, (2, 8)), (30, (10, 21))]
 )
 def test_a_medians_interval_is_that_of_order_statistics(n: int, expected: tuple[int, int] | None) -> None:
-    """As in tables of the sign test at 95%."""
+    """The intervals are as in tables of the sign test at 95%."""
     values = [float(i) for i in range(n, 0, -1)]
     assert interval(values) == expected
 

@@ -68,7 +68,7 @@ def test_the_exact_step_agrees_with_itself() -> None:
 
 
 def test_the_effect_is_what_the_probe_adds() -> None:
-    """Of no strength, it adds nothing, and the cosine of nothing is 0."""
+    """A probe of no strength adds nothing, and the cosine of nothing is 0."""
     model = models.with_lora(models.tiny_base()[0])
     data = options.Batches(models.WordTokenizer(), models.examples(), sap_fast.data.safety_pairs(), "cpu")
     rows = options.look(model, data, 0, 1, [{"strength": 0.0}])

@@ -205,7 +205,7 @@ def test_two_copies_of_the_weights_are_not_held_at_once(monkeypatch: pytest.Monk
 
 
 def test_large_models_are_made_in_their_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in float32 first, which takes twice the memory."""
+    """A large model is not made in float32 first, which takes twice the memory."""
     made: list[torch.dtype] = []
 
     def base(dtype: torch.dtype) -> tuple[nn.Module, Any]:

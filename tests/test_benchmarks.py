@@ -13,7 +13,7 @@ from benchmarks.common import models, record
 
 
 def finite(x: Any) -> bool:
-    """Whether every number in a JSON value is finite."""
+    """Tell whether every number in a JSON value is finite."""
     if isinstance(x, dict):
         return all(map(finite, x.values()))
     if isinstance(x, list):
@@ -22,7 +22,7 @@ def finite(x: Any) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result, checked for what every result has, and for what none may have: paths."""
+    """Read a result, checked for what every result has, and for what none may have: paths."""
     text = path.read_text(encoding="utf-8")
     result = json.loads(text)
     assert {"device", "cpu", "threads", "torch", "transformers", "peft", "triton", "command", "date", "commit"} <= (
@@ -113,7 +113,7 @@ def test_texts_come_from_a_file(tmp_path: Path) -> None:
 
 
 def test_the_search_for_the_demonstrations_settings_is_bounded() -> None:
-    """By what it lists, and by what it has recorded: misses are there too, so no record is the best run alone."""
+    """The search is bounded by its list and by its record: misses are there too, so no record is the best run alone."""
     assert len(demo_search.RUNS) <= demo_search.MOST_RUNS == 16
     record = json.loads((Path(demo_search.__file__).parent / "results" / "demo-search-cpu-2026-11-21.json").read_text())
     assert 4 <= len(record["runs"]) <= demo_search.MOST_RUNS
@@ -124,7 +124,7 @@ def test_the_search_for_the_demonstrations_settings_is_bounded() -> None:
 
 
 def test_steering_has_a_verdict() -> None:
-    """On the stored run it holds; with exact and random exchanged it does not."""
+    """The verdict holds on the stored run; with exact and random exchanged it does not."""
     run = json.loads((Path(steering.__file__).parent / "results" / "steering-cpu-2026-11-21.json").read_text())
     assert steering.steers(run["rows"])
     names = {"exact, sign x RMS": "random, sign x RMS", "random, sign x RMS": "exact, sign x RMS"}

@@ -68,7 +68,7 @@ def test_formulas_compile_to_one_graph(name: str) -> None:
 
 @pytest.fixture
 def middling(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A model wide enough for bfloat16 errors to average out."""
+    """Make a model wide enough for bfloat16 errors to average out."""
     monkeypatch.setitem(subjects.MODELS, "middling", Widths(256, 512, 300, 4, 2, 64))
     return "middling"
 
@@ -264,7 +264,7 @@ def test_rows_and_targets() -> None:
 
 
 def test_the_wide_model_has_a_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A narrow one of its kind."""
+    """A narrow model of the same kind has one."""
     monkeypatch.setitem(fidelity.MODELS, "llama", (lambda: models.llama_base(3, 32, 2, 1024), (1, 2)))
     rows = [*fidelity.measure("llama", 1, None, "cpu")]
     assert not [row for row in rows if fidelity.misses(row)]

@@ -89,7 +89,7 @@ def test_pairs_get_no_further_sequences() -> None:
 
 
 def same(found: Any, expected: Any, bound: float) -> None:
-    """A step on padded rows against the same on rows as packed: gradients, probe and report."""
+    """Compare a step on padded rows with the same on rows as packed: gradients, probe and report."""
     (gradients, probe, report), (expected_gradients, expected_probe, expected_report) = found, expected
     assert gap(gradients, expected_gradients) < bound
     torch.testing.assert_close(dict(probe), dict(expected_probe), rtol=bound, atol=bound)

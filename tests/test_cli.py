@@ -199,7 +199,7 @@ def test_a_refused_step_names_the_last_checkpoint(here: Path, capsys: Any, monke
 
 
 def test_a_real_interrupt(here: Path) -> None:
-    """SIGINT to the command itself, once a checkpoint is there."""
+    """The command gets SIGINT itself, once a checkpoint is there."""
     command = [
         sys.executable,
         "-m",

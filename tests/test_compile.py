@@ -40,7 +40,7 @@ def _cases() -> list:
 
 
 def compile_modes(op: OpCases, case: Case, arch: str, dtype: str) -> list[Compiled]:
-    """What forward and backward launch in full, half and single mode."""
+    """Compile what forward and backward launch in full, half and single mode."""
     with compiling(arch) as kernels:
         pair = pose(op, case, torch.Generator().manual_seed(0), DTYPES[dtype])
         for problem in (pair, pair.half(), pair.single()):
@@ -70,7 +70,7 @@ def test_compiles(op: OpCases, case: Case, arch: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_rounding_to_float8_compiles(arch: str) -> None:
-    """For the architectures that multiply in it, at the widths of every map of the larger models."""
+    """It compiles for architectures that multiply in float8, at the widths of every map of the larger models."""
     from sap_fast.ops.lora_linear.float8_kernel import rounded
 
     with compiling(arch) as kernels:
@@ -80,7 +80,7 @@ def test_rounding_to_float8_compiles(arch: str) -> None:
 
 
 def test_recorded_local_memory_is_of_wide_or_float32_kernels() -> None:
-    """In bfloat16 nothing spills at head dims up to 128 and hidden sizes up to 8192, but for a few registers."""
+    """In bfloat16 nothing spills at head dims up to 128 and hidden sizes up to 8192, but a few registers."""
     for name in LOCAL:
         op, case, arch, dtype, kernel = name.split()
         wide = {"attention": "256" in case, "rms_norm": "16384" in case, "probe_rms_norm": "16384" in case}

@@ -53,7 +53,7 @@ def test_detach_leaves_the_model_as_it_was() -> None:
 
 @pytest.mark.parametrize("where", [0, 2, 3])
 def test_an_error_anywhere_takes_everything_off(where: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception inside the k-th layer, also while a checkpointed layer is run again in backward."""
+    """An exception is raised inside the k-th layer, also while a checkpointed layer is run again in backward."""
     model = tiny_model("llama", ALL_LINEAR).train()
     model.get_base_model()._set_gradient_checkpointing(True)
     names = {name: set(vars(m)) for name, m in model.named_modules()}

@@ -59,7 +59,7 @@ def test_a_rejected_answer_is_an_opening_without_content() -> None:
 
 
 def test_the_held_out_half_differs_in_category_and_wording() -> None:
-    """Also from what the demonstration's model was aligned with."""
+    """The held-out half also differs from what the demonstration's model was aligned with."""
     train, held_out = safety_pairs("train"), safety_pairs("held-out")
     assert not {p.category for p in train} & {p.category for p in held_out}
     known = {" ".join(words(p.chosen)[:3]) for p in train}
@@ -71,7 +71,7 @@ def test_the_held_out_half_differs_in_category_and_wording() -> None:
 
 
 def sixes(text: str) -> set[tuple[str, ...]]:
-    """Every run of six words."""
+    """List every run of six words."""
     w = words(text)
     return {tuple(w[i : i + 6]) for i in range(len(w) - 5)}
 
@@ -112,7 +112,7 @@ def test_a_plain_text_is_scored_whole_or_from_where_it_is_learned(tokenizer: Any
 
 
 def test_pieces_are_tokenized_apart_where_tokens_would_join(tokenizer: Any) -> None:
-    """By a tokenizer that joins the mark before the answer with its first letter, and knows no offsets."""
+    """The tokenizer joins the mark before the answer with its first letter, and knows no offsets."""
 
     class Joining:
         chat_template = "any"
@@ -131,7 +131,7 @@ def test_pieces_are_tokenized_apart_where_tokens_would_join(tokenizer: Any) -> N
 
 
 def test_a_token_that_joins_prompt_and_answer_belongs_to_the_answer(tmp_path: Path) -> None:
-    """As sentencepiece does with the space before a word: the text is kept as it is, and nothing of it is lost."""
+    """The tokenizer joins as sentencepiece does a space with a word: the text is kept, and nothing of it is lost."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

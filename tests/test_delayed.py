@@ -30,7 +30,7 @@ def data(steps: int) -> tuple[list, list]:
 
 
 def moved(model: nn.Module) -> None:
-    """A step of plain descent, so that no two directions are found at the same weights."""
+    """Take a step of plain descent, so that no two directions are found at the same weights."""
     with torch.no_grad():
         for p in model.parameters():
             if p.grad is not None:
@@ -50,7 +50,7 @@ def sizes(decoder: Decoder) -> dict[str, Any]:
 def apart(
     model: nn.Module, batches: list, pairs: dict, probe: Any, direction: Direction | None, config: SAPConfig
 ) -> tuple[Gradients, Direction]:
-    """The two passes one after the other: the direction of these pairs, and the dual pass along ``direction``."""
+    """Run the two passes one after the other: the direction of these pairs, and the dual pass along ``direction``."""
     decoder = read_decoder(model)
     acting = {j: v[None] for j, v in probe.items()} if config.probe_in_safety_pass else {}
     micros = [Micro(pack(batch, **sizes(decoder)), None) for batch in batches]
@@ -164,7 +164,7 @@ def test_with_tangents_for_some() -> None:
 
 
 def test_dropout_is_that_of_the_task_alone() -> None:
-    """The same masks as in a step whose pairs run apart, and none for the pairs."""
+    """The task's masks are those of a step whose pairs run apart, and the pairs have none."""
     model = tiny_model(lora_dropout=0.3).train()
     batches, pairs = data(2)
     outcomes = []
@@ -206,7 +206,7 @@ class Products(TorchDispatchMode):
 
 
 def test_every_weight_is_multiplied_once_a_pass() -> None:
-    """In each direction, by the rows of the pairs, the task and its tangents together."""
+    """In each direction, one product takes the rows of the pairs, the task and its tangents together."""
     model, (batches, pairs) = tiny_model(targets=ALL_LINEAR), data(2)
     task, contrast = (int(b["attention_mask"].sum()) for b in (batches[1], pairs[1]))
     seen = {}

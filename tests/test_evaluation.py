@@ -82,7 +82,7 @@ def test_no_embedded_answer_is_taken_for_a_refusal() -> None:
 
 
 def test_likelihoods_are_those_of_a_plain_loop(chat_model: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the batches: a row's likelihood does not depend on what it is padded beside."""
+    """A row's likelihood does not depend on what it is padded beside, whatever the batches."""
     model, tokenizer = chat_model
     rows = encode_tasks(tokenizer, [{"prompt": "Hi" * i, "completion": "Hello " * i} for i in (5, 1, 9, 2, 3)])
     pairs = encode_pairs(tokenizer, [{"prompt": "a" * i, "chosen": "no", "rejected": "yes" * i} for i in (4, 1, 2)])

@@ -42,7 +42,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def worst(found: dict, truth: dict) -> float:
-    """The largest relative error; a weight whose true gradient is zero counts by its absolute one."""
+    """Compute the largest relative error; a weight whose true gradient is zero counts by its absolute one."""
     assert found.keys() == truth.keys()
     return max(relative(found[k], t) if t.norm() > 0 else float(found[k].norm()) for k, t in truth.items())
 
@@ -56,7 +56,7 @@ def random_probe(layers: tuple[int, ...], width: int = 32, size: float = 0.3) ->
 
 
 def dual(model: torch.nn.Module, batch: dict, u: dict, vectors: dict) -> SimpleNamespace:
-    """What the dual pass yields, the probe's gradients by layer."""
+    """Run the dual pass: what it yields, the probe's gradients by layer."""
     decoder = read_decoder(model)
     rows = pack(batch, vocab_size=VOCAB, device=decoder.device)
     wide = next(iter(vectors.values())).dtype
@@ -175,7 +175,7 @@ def test_left_padding_gives_what_right_padding_gives() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_is_as_good_as_that_of_the_unmodified_model(family: str, dtype: torch.dtype) -> None:
-    """Against float64 at the same weights, each token's loss is as near as transformers' own forward comes."""
+    """Each token's loss is as near float64's at the same weights as transformers' own forward comes."""
     model, batch = tiny_model(family, ALL_LINEAR, dtype=dtype, adapter_dtype=torch.float32), random_batch(4, 12)
     wide, decoder = copy.deepcopy(model).double(), read_decoder(model)
     rows = pack(batch, vocab_size=VOCAB, device=decoder.device)
@@ -192,7 +192,7 @@ def test_forward_is_as_good_as_that_of_the_unmodified_model(family: str, dtype: 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1 - 1e-9), (torch.bfloat16, 0.97)])
 def test_float32_and_bfloat16_models_follow_the_float64_one(dtype: torch.dtype, least: float, family: str) -> None:
-    """Cosines with the float64 derivative at the same, rounded weights.
+    """Cosines with the float64 derivative are taken at the same, rounded weights.
 
     In bfloat16 a random network of width 32 is a hard case: rounding is not averaged over many channels. Real
     models are held to 0.995 by benchmarks/fidelity.py.

@@ -74,7 +74,7 @@ def test_an_op_has_the_kernel_that_csrc_has_for_it() -> None:
 
 @pytest.fixture
 def many_rows(monkeypatch: pytest.MonkeyPatch, op: OpCases, dtype: torch.dtype) -> Problem:
-    """Large enough for every loop of a kernel to be shared between threads, whose least share is 16384 elements."""
+    """Make inputs large enough for every loop of a kernel to be shared between threads: the least share is 16384."""
     monkeypatch.setitem(subjects.MODELS, "middling", Widths(272, 517, 301, 4, 2, 68))
     return subjects.posed(Subject.of(op, "middling", 203, 29), "cpu", dtype)
 

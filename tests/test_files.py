@@ -20,7 +20,7 @@ def write(folder: Path, name: str, text: str | bytes) -> Path:
 
 
 def save(folder: Path, kind: str) -> Path:
-    """``ROWS`` in a file of one kind."""
+    """Save ``ROWS`` in a file of one kind."""
     path = folder / f"tasks.{kind}"
     if kind == "jsonl":
         path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")

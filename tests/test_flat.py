@@ -69,7 +69,7 @@ def test_the_norm_of_a_long_float32_vector_is_exact_to_its_rounding() -> None:
 
 
 def test_gradients_share_no_memory() -> None:
-    """Else one that is kept or saved would drag all others along."""
+    """A gradient that is kept or saved would otherwise drag all others along."""
     model, batch, pairs = tiny_model(), random_batch(), random_pairs()
     with sap_fast.attach(model, CONFIG) as sap:
         for _ in range(2):  # written, then added to

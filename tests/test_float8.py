@@ -32,7 +32,7 @@ needs_hopper = [
 
 
 def off(x: Tensor) -> Tensor:
-    """How far rounding may move each element: 3 bits of mantissa, down to the least that e4m3 holds.
+    """Bound how far rounding may move each element: 3 bits of mantissa, down to the least that e4m3 holds.
 
     Half a unit in the last place is 2^-4 of a normal number and 2^-10 of a subnormal one's unit, which here is the
     row's largest element over 448. The quotient and the scale are rounded to float32 besides.
@@ -103,7 +103,7 @@ def targets(dtype: torch.dtype, *, float8: bool, pair: bool, device: str = "cpu"
 
 
 def through(part: Group, dys: list[Tensor], *, full: bool = True) -> dict[str, Tensor]:
-    """Outputs and gradients of one part alone."""
+    """Compute outputs and gradients of one part alone."""
     x = part.x.detach().requires_grad_(full)
     x_dot = None if part.x_dot is None else part.x_dot.detach().requires_grad_()
     ((*pairs,),) = lora_linear_grouped([part._replace(x=x, x_dot=x_dot)])
@@ -125,7 +125,7 @@ def posed(dtype: torch.dtype, *, float8: bool, pair: bool, device: str = "cpu") 
 
 
 def allowed(part: Group, dys: list[Tensor], pair: bool) -> dict[str, Tensor]:
-    """How far products of rounded operands may be from exact ones: ``|x| dW + dx |W| + dx dW``, summed."""
+    """Bound how far products of rounded operands are from exact ones: ``|x| dW + dx |W| + dx dW``, summed."""
 
     def of(x: Tensor, weight: Tensor) -> Tensor:
         x, weight = x.float(), weight.float()
@@ -200,7 +200,7 @@ def wide_model(dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module
 @DTYPES
 @pytest.mark.parametrize("depth", [(1, 2), (3,)])
 def test_loss_and_gradient_of_the_dual_pass_stay_exact(dtype: torch.dtype, depth: tuple[int, ...]) -> None:
-    """In every bit, along the same direction; what depends on the tangents does not.
+    """They stay exact in every bit along the same direction; what depends on the tangents does not.
 
     Products are of half as many rows then. torch's on a CPU add up in the same order at these sizes; larger ones in
     bfloat16 do not always.

@@ -152,7 +152,7 @@ def test_work_is_the_mean_over_the_steps_that_the_library_takes(
 
 
 def test_a_fresh_step_spares_the_sequences_without_tangents_the_inner_pass() -> None:
-    """By rows times layers, for probes from layer 2 of 0 to 4, 2 of which are above."""
+    """It is counted by rows times layers, for probes from layer 2 of 0 to 4, 2 of which are above."""
     share, rows, linear = 0.25, BATCH.task.rows, 2 * SMALL.layer_weights
     inner = 2 * share * rows * (5 + 2)
     outer = rows * 2 + (1 - share) * rows * 3 + rows * 5

@@ -44,7 +44,7 @@ def test_never_waits_for_the_device(op: OpCases, case: Case, dtype: torch.dtype)
 @every_op
 @DTYPES
 def test_replays_as_a_graph(op: OpCases, case: Case, dtype: torch.dtype) -> None:
-    """Captured on one input and replayed on another: equal in every bit to eager."""
+    """An op captured on one input and replayed on another is equal in every bit to eager."""
     problem = posed(op, case, dtype)
     static = problem.map(lambda name, x: x.clone())
     stream = torch.cuda.Stream()

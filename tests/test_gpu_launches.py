@@ -84,7 +84,7 @@ def test_launches_of_a_step_are_a_constant_a_layer(shares: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_trace_of_a_step_shows_no_more_launches() -> None:
-    """What the profiler sees on a GPU; a product may be two kernels there, where cuBLAS splits its sum."""
+    """The profiler sees no more on a GPU; a product may be two kernels there, where cuBLAS splits its sum."""
     from benchmarks.step.counts import launches
 
     model = tiny_model(layers=32, dtype=torch.bfloat16, adapter_dtype=torch.float32).cuda()

@@ -26,7 +26,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="Triton is Linux-only
 
 
 def started(*arguments: Any) -> subprocess.Popen:
-    """The command, started as a user would."""
+    """Start the command as a user would."""
     words = [sys.executable, "-m", "benchmarks.gpu", "--tiny", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -111,7 +111,7 @@ def stages(lines: list[dict[str, Any]]) -> list[tuple]:
 
 
 def test_what_a_program_that_watches_says_at_its_end_is_a_problem(tmp_path: Path) -> None:
-    """As compute-sanitizer does, by its exit code, after all tests have passed."""
+    """A program such as compute-sanitizer tells by its exit code, after all tests have passed."""
     (tmp_path / "test_it.py").write_text("def test_a():\n    pass\n")
     watching = ("sh", "-c", '"$@"; exit 99', "sh")
     lines = ran(tmp_path, Tests("sanitize", [str(tmp_path / "test_it.py")], before=watching), 60.0)
@@ -246,7 +246,7 @@ def test_limits_hold_on_a_slow_machine(part: str, limit: float | None, tmp_path:
 
 @pytest.mark.parametrize(("limit", "most"), [(260.0, 260.0), (750.0, 400.0), (3600.0, 3600.0)])
 def test_check_leaves_time_for_the_other_command(limit: float, most: float, tmp_path: Path) -> None:
-    """With what is left of a quarter of an hour as its limit, too, though everything takes as long as it may."""
+    """The limit is also what is left of a quarter of an hour, though everything takes as long as it may."""
     run, runner = a_run("check", limit, tmp_path)
     parts.PARTS["check"](run)
     assert runner.now <= most
@@ -383,7 +383,7 @@ def test_bad_arguments_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @linux
 def test_the_whole_of_both_parts_runs(tmp_path: Path) -> None:
-    """In Triton's interpreter, on shapes that take no time."""
+    """Both parts run in Triton's interpreter, on shapes that take no time."""
     checked, timed = tmp_path / "check", tmp_path / "time"
     for part, out, more in (("check", checked, []), ("time", timed, ["--resume", checked])):
         process = started("--part", part, "--out", out, *more)

@@ -54,7 +54,7 @@ def steps(model: nn.Module, config: SAPConfig, given: list, kind: type[Graphs]) 
 
 
 def equal(found: list, expected: list) -> None:
-    """In every bit."""
+    """See that two runs are equal in every bit."""
     assert len(found) == len(expected)
     for (gradients, probe, told), (expected_gradients, expected_probe, expected_told) in zip(
         found, expected, strict=True
@@ -307,7 +307,7 @@ def test_tensors_are_found_and_put_back_in_one_order() -> None:
 
 
 def test_nothing_in_a_step_waits_for_the_device_after_packing() -> None:
-    """What a replay could not do: read a number, or make a tensor whose size depends on one."""
+    """A replay could not read a number, or make a tensor whose size depends on one."""
     model, batch, pairs = tiny_model(targets=ALL_LINEAR), alike(), random_pairs()
     graphs = Graphs(read_decoder(model), Rerun())
     seen: list[set[str]] = []

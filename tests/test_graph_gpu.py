@@ -78,7 +78,7 @@ def test_replays_equal_eager_steps_in_every_bit(options: dict[str, Any], drops: 
 
 @contextmanager
 def replaying(layers: int) -> Iterator[tuple[SAP, dict, dict]]:
-    """A handle whose next step is a replay."""
+    """Make a handle whose next step is a replay."""
     model, batch, pairs = on_gpu(layers), there(random_batch()), there(random_pairs())
     with sap_fast.attach(model, GRAPH) as sap:
         for _ in range(4):

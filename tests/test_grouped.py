@@ -29,7 +29,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def posed(device: str, rows: tuple[int, ...] = (5, 7, 4), *, pair: bool = True) -> list[Group]:
-    """Streams through the same frozen maps, each with adapters, dropout and a seed of its own; the first is a pair."""
+    """Streams through the same frozen maps, each with adapters, dropout and a seed of its own; the first is a dual."""
     rng = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, grad: bool = True) -> Tensor:
@@ -52,7 +52,7 @@ def posed(device: str, rows: tuple[int, ...] = (5, 7, 4), *, pair: bool = True) 
 
 
 def results(parts: list[Group], of: list[list[Any]]) -> list[Tensor]:
-    """The outputs and, at random cotangents, the gradients of everything that requires grad."""
+    """Compute the outputs and, at random cotangents, the gradients of everything that requires grad."""
     outputs = [y for pairs in of for pair in pairs for y in pair if y is not None]
     rng = torch.Generator().manual_seed(1)
     dys = [torch.randn(y.shape, generator=rng, dtype=f64).to(y.device) for y in outputs]

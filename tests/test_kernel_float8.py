@@ -35,7 +35,7 @@ def conversion(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Of many magnitudes within a row and from row to row; of zeros; in float32 of subnormal numbers.
+    """Make rows of many magnitudes within a row and from row to row; of zeros; in float32 of subnormal numbers.
 
     In bfloat16 the interpreter loses those when it widens them.
     """

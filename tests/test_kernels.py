@@ -49,7 +49,7 @@ def test_agrees_with_the_oracle(
     formula_in: Callable[[OpCases, Problem], dict[str, torch.Tensor]],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """In full, half and single mode: the rules derived in float64, to what the same formula makes in this dtype.
+    """Each mode agrees with the rules derived in float64, to what the same formula makes in this dtype.
 
     How far off each result is, of what is allowed, is recorded: approximate exponentials, roots and quotients of a GPU
     exceed that by little, a bug by much.
@@ -73,7 +73,7 @@ def test_agrees_with_the_oracle(
 
 @every_case
 def test_each_output_alone(op: OpCases, case: Case, device: str) -> None:
-    """What no cotangent reaches counts as zero."""
+    """An output that no cotangent reaches counts as zero."""
     problem = pose(op, case, generator(device), torch.float32)
     for used in split(problem.cotangents, True):
         alone = {

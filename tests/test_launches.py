@@ -63,7 +63,7 @@ def counted() -> Iterator[Ops]:
 
 
 def arithmetic(model: nn.Module, config: SAPConfig) -> Counter[str]:
-    """The ops of two steps, of which one accumulates micro-batches; a probe is at work, ``.grad`` is added to."""
+    """Collect the ops of two steps, one with accumulated micro-batches; a probe acts, ``.grad`` is added to."""
     batch, pairs = random_batch(), random_pairs()
     with sap_fast.attach(model, config) as sap:
         sap.step(batch, pairs)

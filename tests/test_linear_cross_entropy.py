@@ -36,7 +36,7 @@ def posed(device: str, dtype: torch.dtype = torch.float32, rows: int = 5) -> tup
 
 
 def losses(mode: str, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The leaves of a mode, and the losses that have a gradient."""
+    """Make the leaves of a mode, and the losses that have a gradient."""
     x, x_dot = x.clone()
     leaves = {"single": [x], "half": [x_dot], "full": [x, x_dot]}[mode]
     for leaf in leaves:

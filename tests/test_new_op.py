@@ -85,7 +85,7 @@ CASES = OpCases(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the op is, beside a plugin of pytest that makes it one of the library's."""
+    """Make the op's folder, beside a plugin of pytest that makes it one of the library's."""
     folder = tmp_path_factory.mktemp("ops")
     (folder / "scaled_rows").mkdir()
     for name, text in FILES.items():
@@ -96,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_pytest(folder: Path, *arguments: str) -> str:
-    """In a process of its own, since an op once registered stays."""
+    """Run pytest in a process of its own, since an op once registered stays."""
     command = [sys.executable, "-m", "pytest", "-p", "with_scaled_rows", "-p", "no:cacheprovider", "-q", *arguments]
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path})

@@ -65,7 +65,7 @@ def rng(device: str, seed: int = 0) -> torch.Generator:
 
 
 def leaves_of(op: OpCases, problem: Problem) -> dict[str, Tensor]:
-    """The halves of the inputs, requiring grad where the op differentiates."""
+    """Return the halves of the inputs, requiring grad where the op differentiates."""
     wanted = differentiated(op, problem)
     return {
         name: half.detach().requires_grad_(name in wanted)
@@ -118,7 +118,7 @@ def test_half_mode_has_no_gradient_in_primal_outputs(op: OpCases, case: Case, de
 def test_gradcheck(op: OpCases, case: Case, device: str) -> None:
     """Autograd's own check by finite differences, through the public function, in full mode.
 
-    The inputs whose primal half is a constant of a pair (LoRA's a and b) take no part with that
+    The inputs whose primal half is a constant of a dual (LoRA's a and b) take no part with that
     half: the outputs do depend on it, and by design the op does not say how.
     """
     problem = pose(op, case, rng(device))
@@ -277,7 +277,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def raw_calls(op: OpCases, problem: Problem) -> list[tuple[Any, tuple]]:
-    """The raw ops behind one forward and backward, with their arguments, which are without grad."""
+    """Collect the raw ops behind one forward and backward, with their arguments, which are without grad."""
     with _Recorder() as recorder:
         run(op, problem)
     names = [func.name() for func, _ in recorder.calls]
@@ -307,7 +307,7 @@ def test_opcheck_under_compilation(op: OpCases, mode: str, device: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("op", OPS, ids=[op.name for op in OPS])
 def test_compiles_without_a_graph_break(op: OpCases) -> None:
-    """Forward and backward of a pair, traced whole; that the kernels of a GPU can be, too, is in test_gpu.py."""
+    """Forward and backward of a dual, traced whole; that the kernels of a GPU can be, too, is in test_gpu.py."""
     case = max((case for case in op.cases if case.purpose == "contract"), key=lambda case: len(case.name))
     problem = pose(op, case, rng("cpu"))
     dys = split(problem.cotangents, True)

@@ -14,7 +14,7 @@ IN_PLACE, FRESH = "sap_fast::glu_backward_", "sap_fast::glu_backward"
 
 
 def chain(x: Tensor, weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """As in a decoder layer: gate and up are made by a linear map. Returns the outputs, and gate and up."""
+    """Make gate and up by a linear map, as in a decoder layer. Returns the outputs, and gate and up."""
     x_dot = x[1] if len(x) == 2 else None
     (gate, gate_dot), (up, up_dot) = lora_linear(x[0], x_dot, [LoRATarget(weight), LoRATarget(2 * weight)])
     ys = glu(gate, gate_dot, up, up_dot, activation="silu")
@@ -22,7 +22,7 @@ def chain(x: Tensor, weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def pull(ys: list[Tensor], x: Tensor, *, keep: bool = False) -> tuple[Tensor, str]:
-    """The gradient of x, and which op the backward of glu called."""
+    """Pull back to the gradient of x, and say which op the backward of glu called."""
     with _Recorder() as recorder:
         (dx,) = torch.autograd.grad([y for y in ys if y.requires_grad], x, _ones(ys), retain_graph=keep)
     (called,) = (func.name() for func, _ in recorder.calls if "glu" in func.name())

@@ -55,7 +55,7 @@ def warm(sap: SAP, batch: Any, pairs: Any) -> None:
 
 @contextmanager
 def counted() -> Iterator[list[str]]:
-    """What waited for the device in the block, a warning each."""
+    """Count what waited for the device in the block, a warning each."""
     before, waits = torch.cuda.get_sync_debug_mode(), []
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

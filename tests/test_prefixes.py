@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def alike(sequences: int = 4, length: int = 9, prefix: int = 5) -> dict[str, Tensor]:
-    """A ragged batch whose sequences begin alike; the second half of them goes on alike for one token more.
+    """Make a ragged batch whose sequences begin alike; its second half goes on alike for one token more.
 
     Every token is scored, those of the prefix too: their rows predict tokens of several sequences.
     """
@@ -50,7 +50,7 @@ def packed(batch: dict[str, Tensor]) -> Rows:
 
 
 def sequences_of(rows: Rows) -> list[list[tuple[int, int]]]:
-    """The ``(token, position)`` of every sequence, by way of the rows it has."""
+    """Return the ``(token, position)`` of every sequence, by way of the rows it has."""
     index = torch.arange(rows.tokens) if rows.shared is None else rows.shared.spread.rows
     pairs = list(zip(rows.input_ids[index].tolist(), rows.position_ids[index].tolist(), strict=True))
     ends = (rows if rows.shared is None else rows.shared).cu_seqlens.tolist()

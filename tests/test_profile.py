@@ -106,7 +106,7 @@ def test_an_observed_step_computes_what_any_step_computes() -> None:
 
 
 def test_the_cut_lies_at_the_lowest_probe() -> None:
-    """By the backward ops of linear maps, of which every layer has four."""
+    """The cut is found by the backward ops of linear maps, of which every layer has four."""
 
     class Ops(TorchDispatchMode):
         phase = ""

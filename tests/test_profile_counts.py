@@ -62,7 +62,7 @@ def test_flops_of_grouped_attention_are_those_of_its_query_heads(monkeypatch: py
 
 @pytest.mark.parametrize("halves", [1, 2])
 def test_flops_of_adapters_are_those_of_their_rules(halves: int) -> None:
-    """The products written out, counted by PyTorch."""
+    """The products are written out, and counted by PyTorch."""
     rows, width, out, rank = 7, 12, 10, 3
     x, dy = torch.randn(2, rows, width), torch.randn(2, rows, out)
     w, a, b = torch.randn(out, width), torch.randn(rank, width), torch.randn(out, rank)

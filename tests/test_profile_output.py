@@ -21,7 +21,7 @@ from sap_fast.profiling.phases import PHASES
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Profile, Path]:
-    """A profile of steps of two kinds, and the folder that it was written to."""
+    """Write a profile of steps of two kinds; return it, and its folder."""
     folder = tmp_path_factory.mktemp("profiles") / "deep" / "profile"
     return profiled(CONFIG.replace(probe_every=2), output_dir=folder, peak_flops=1e12), folder
 

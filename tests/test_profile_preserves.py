@@ -47,7 +47,7 @@ def changed(model: nn.Module, before: dict[str, Any]) -> list[str]:
 
 
 def prepared() -> nn.Module:
-    """A model whose flags and gradients are not the usual ones."""
+    """Make a model whose flags and gradients are not the usual ones."""
     model = tiny_model(dtype=f32, lora_dropout=0.1)
     next(module for name, module in model.named_modules() if name.endswith("layers.1")).train()
     for i, p in enumerate(lora(model).values()):

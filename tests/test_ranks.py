@@ -36,7 +36,7 @@ CONFIGS = {
 
 
 class Threads(Ranks):
-    """One of two threads that take each step together."""
+    """Stands for one of two threads that take each step together."""
 
     def __init__(self, rank: int, shared: list[Any], barrier: Barrier) -> None:
         self.rank, self.shared, self.barrier = rank, shared, barrier
@@ -62,7 +62,7 @@ class Threads(Ranks):
 def taken_apart(
     model: nn.Module, config: SAPConfig, given: list[list[tuple[list[Batch], Batch | None]]], u: Flat | None
 ) -> list[list[Outcome]]:
-    """Of each rank the outcomes of its steps; ``given`` is what each rank is given in each step."""
+    """Take each rank's steps, and return their outcomes; ``given`` is what each rank is given in each step."""
     shared, barrier = [None, None], Barrier(2)
 
     def rank(number: int, own: nn.Module) -> list[Outcome]:
@@ -86,7 +86,7 @@ def taken(sap: SAP, model: nn.Module, batches: list[Batch], pairs: Batch | None,
 
 
 def numbers(outcome: Outcome) -> dict[str, Tensor]:
-    """What a step hands on and writes, and what may refuse it."""
+    """Collect what a step hands on and writes, and what may refuse it."""
     probe = outcome.state.probe
     found = {"theta": outcome.theta.vector, "probe": probe.vectors, "vitals": outcome.vitals, "loss": outcome.loss}
     found |= {"slope": outcome.loss_dot, "G": outcome.probe_dot, "moment": probe.second_moment}

@@ -29,14 +29,14 @@ def blocks(page: Path, language: str) -> list[tuple[str, str]]:
 
 
 def recorded(name: str) -> Any:
-    """The run that the page of evidence names, of those whose names begin so."""
+    """Find the run that the page of evidence names, of those whose names begin so."""
     named = set(re.findall(rf"benchmarks/results/({name}[\w.-]*\.json)", EVIDENCE.read_text(encoding="utf-8")))
     assert len(named) == 1, named
     return json.loads((RESULTS / named.pop()).read_text())
 
 
 def anchors(page: Path) -> list[str]:
-    """What links to the page's headings end with: words in small letters, hyphens between them, no other signs."""
+    """List what links to headings of a page end with: words in small letters, hyphens between them."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
@@ -44,7 +44,7 @@ def anchors(page: Path) -> list[str]:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with everything that the pages name."""
+    """Make a folder with everything that the pages name."""
     save_chat_model(tmp_path / MODEL)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tasks.jsonl").write_text(blocks(DATA, "jsonl")[0][1])

@@ -156,7 +156,7 @@ def test_oracle_against_finite_differences() -> None:
 
 
 def test_rms_norm_against_formulas_by_hand() -> None:
-    """With rho = (mean x^2 + eps)^(-1/2) and rho_dot its tangent."""
+    """The formulas have rho = (mean x^2 + eps)^(-1/2) and rho_dot its tangent."""
     x, x_dot, dy, dy_dot = torch.randn(4, 7, 12, dtype=f64)
     weight, eps = torch.randn(12, dtype=f64), 1e-5
 

@@ -118,7 +118,7 @@ def test_the_interval_follows_the_cosine_of_the_step() -> None:
 
 
 def test_a_fraction_is_of_all_sequences_of_a_step() -> None:
-    """Of micro-batches of one sequence, too: some carry tangents, and the others none."""
+    """Micro-batches of one sequence count together, too: some carry tangents, and the others none."""
     model = tiny_model(targets=("q_proj", "v_proj", "down_proj"))
     whole = random_batch()
     singles = [{key: x[i : i + 1] for key, x in whole.items()} for i in range(len(whole["input_ids"]))]

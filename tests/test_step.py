@@ -112,7 +112,7 @@ def test_checkpointing_and_dropout_change_nothing_but_memory(config: str, family
 
 
 def test_inner_and_outer_pass_share_their_dropout_masks() -> None:
-    """Else storing and recomputing what lies beneath the probe would differ."""
+    """Storing and recomputing what lies beneath the probe would differ otherwise."""
     model = tiny_model("llama", ALL_LINEAR, lora_dropout=0.3).train()
     batch, pairs, found = random_batch(), random_pairs(), []
     for restart in ("store", "recompute"):

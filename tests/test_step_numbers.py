@@ -203,7 +203,7 @@ def test_saturated_pairs_are_reported_and_refused_with_the_way_out() -> None:
 
 
 def _preferred_first(model: nn.Module, pairs: dict) -> dict:
-    """The pairs with the sides exchanged where the model prefers the rejected one."""
+    """Exchange the pairs' sides where the model prefers the rejected one."""
     wrong = (margins(model, pairs, per_token=False) < 0).nonzero()[:, 0].tolist()
     order = list(range(4))
     for i in wrong:

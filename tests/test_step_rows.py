@@ -57,7 +57,7 @@ def test_rows_need_enough_data() -> None:
 
 
 def test_examples_that_lose_their_answer_are_not_drawn(tmp_path: Path) -> None:
-    """Of a file in which most do, exactly the others are, with lengths of their own."""
+    """Most examples of a file lose it: exactly the others are drawn, with lengths of their own."""
     words = "a question of many words " * 20
     texts = [{"instruction": words, "output": "lost"} for _ in range(60)]
     texts += [{"instruction": "a b c " * i, "output": f"kept {i}"} for i in range(1, 5)]

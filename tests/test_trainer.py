@@ -240,7 +240,7 @@ def test_an_epoch_that_ends_early_leaves_no_half_window_behind(tmp_path: Path) -
                 control.should_epoch_stop = self.stopped = True
 
     def tokens(run: SAPTrainer) -> list[int]:
-        """Of each step."""
+        """List the tokens of each step."""
         seen: list[int] = []
         log = run.log
         run.log = lambda logs, *more: (seen.extend(r.tokens for r in run._reports), log(logs, *more))[1]

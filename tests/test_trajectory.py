@@ -33,7 +33,7 @@ def train(model: nn.Module, batches: list, pairs: list, config: SAPConfig) -> li
 
 
 def distance(a: list, b: list) -> float:
-    """The largest relative distance of theta or V over the steps."""
+    """Compute the largest relative distance of theta or V over the steps."""
     gaps = []
     for (theta_a, probe_a), (theta_b, probe_b) in zip(a, b, strict=True):
         for x, y in ((theta_a, theta_b), (probe_a, probe_b)):

@@ -37,7 +37,7 @@ TINY = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num
 
 
 def tiny(config: Any, layers: int = 3) -> Any:
-    """A configuration of the same family with tiny widths."""
+    """Make a configuration of the same family with tiny widths."""
     values = {k: v for k, v in config.to_dict().items() if k not in ("layer_types", "head_dim", "rope_parameters")}
     more = {"head_dim": 24} if config.model_type in ("qwen3", "gemma3_text") else {}
     return type(config)(**values | TINY | more | {"num_hidden_layers": layers, "max_position_embeddings": 64})
@@ -79,7 +79,7 @@ def count(run: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2]], ids=lambda config: config.model_type)
 def test_a_layer_costs_what_pytorch_counts(config: Any) -> None:
-    """Of two models, one a layer deeper: their difference has neither the head nor what a first layer is spared."""
+    """Two models differ by a layer, whose cost has neither the head nor what a first layer is spared."""
     sequences, length, rank = 3, 20, 4
     targets = ("q_proj", "k_proj", "o_proj", "down_proj")
     forward, both = [], []
@@ -109,7 +109,7 @@ def test_the_head_costs_what_pytorch_counts() -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_bytes_are_those_of_each_operand(backward: bool) -> None:
-    """Of two layers of SMALL in bfloat16, 10 rows of which half have tangents, operand by operand."""
+    """Two layers of SMALL in bfloat16 are counted, on 10 rows of which half have tangents, operand by operand."""
     x, inner, q, kv = 48, 80, 64, 32
     found = traversal(SMALL, Tokens(10, 5, 4), range(2), backward=backward, tangents=0.5)
     # What goes into and comes out of the products: q, k and v; o; gate and up; down.

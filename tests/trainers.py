@@ -62,7 +62,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def checkpointing() -> str:
-    """The argument's name: its releases changed it, and warn of the old one."""
+    """Name the argument for checkpointing: releases of transformers changed it, and warn of the old one."""
     from transformers import TrainingArguments
 
     return next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n))

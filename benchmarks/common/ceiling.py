@@ -49,13 +49,13 @@ class Ceiling:
 
     @property
     def device(self) -> Device:
-        """What was reached, by the median: as steps are told of."""
+        """Return what was reached, by the median, as steps are told of it."""
         flops, bandwidth = (self._amounts[name] / statistics.median(s) for name, s in self.seconds.items())
         return Device("measured", flops, bandwidth)
 
     @property
     def row(self) -> dict[str, Any]:
-        """As JSON has it: medians, and the most that was reached."""
+        """Return a row as JSON has it: medians, and the most that was reached."""
         device = self.device
         most = {name: self._amounts[name] / min(seconds) for name, seconds in self.seconds.items()}
         return {"tflops_per_s": device.peak / 1e12, "tflops_per_s_most": most["product"] / 1e12} | {

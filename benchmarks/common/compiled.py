@@ -22,7 +22,7 @@ SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942"
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as compiled, for one set of options.
+    """Holds one kernel as compiled, for one set of options.
 
     Attributes:
         shared: bytes of shared memory.
@@ -41,12 +41,12 @@ class Compiled:
 
     @property
     def products(self) -> set[str]:
-        """The kinds of tensor-core instructions in it."""
+        """Name the kinds of tensor-core instructions in the kernel."""
         kinds = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma", "mfma": "v_mfma"}
         return {kind for kind, instruction in kinds.items() if instruction in self.assembly}
 
     def accesses(self, kind: str) -> Counter[int]:
-        """How many instructions of a kind, ``"ld"`` or ``"st"``, go to global memory, by their width in bytes.
+        """Count the instructions of a kind, ``"ld"`` or ``"st"``, that go to global memory, by their width in bytes.
 
         Among the loads are the asynchronous ones, which go to shared memory.
         """
@@ -81,7 +81,7 @@ class _Driver:
 
 @contextmanager
 def compiling(arch: str) -> Iterator[list[Compiled]]:
-    """Within it, the raw ops on CPU tensors compile their kernels for ``arch`` and run none; collects them."""
+    """Let the raw ops on CPU tensors compile their kernels for ``arch`` and run none, within a block; collect them."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -102,7 +102,7 @@ def compiling(arch: str) -> Iterator[list[Compiled]]:
 
 @contextmanager
 def launched_for(arch: str) -> Iterator[None]:
-    """Within it, the raw ops on CPU tensors launch their kernels as they would on a GPU of an architecture."""
+    """Let the raw ops on CPU tensors launch their kernels as on a GPU of an architecture, within a block."""
     with ExitStack() as patches:
         patches.enter_context(launchers_on_cpu())
         for module in {sys.modules[launcher(name).__module__] for name in raw_ops()}:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class DeviceTimer:
-    """Seconds that a device has spent inside ``with timer.region():``, all told.
+    """Counts the seconds that a device has spent inside ``with timer.region():``, all told.
 
     pytest-benchmark reads its clock before and after what it times, and takes the difference. Were the device
     waited for at the first reading, it would stand idle until Python had launched the first kernel, and that delay
@@ -36,7 +36,7 @@ class DeviceTimer:
 
     @contextmanager
     def region(self) -> Iterator[None]:
-        """What happens in here counts."""
+        """Count what happens within the block."""
         if not self.is_cuda:
             start = time.perf_counter()
             yield

@@ -1,4 +1,4 @@
-"""Line charts as SVG that needs nothing else: no script, no font of its own, legible in print."""
+"""Draws line charts as SVG that needs nothing else: no script, no font of its own, legible in print."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ Value = float | str
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart.
+    """Holds one chart.
 
     Attributes:
         lines: of each name its points ``(x, y)``, ``y`` not negative. ``x`` is a positive number, placed by its
@@ -29,7 +29,7 @@ class Panel:
 
 
 def figure(panels: Sequence[Panel]) -> str:
-    """Panels side by side, as one SVG document; panels without a point are empty.
+    """Draw panels side by side, as one SVG document; panels without a point are empty.
 
     Raises:
         ValueError: no panel, or more lines than there are styles.
@@ -82,7 +82,7 @@ def _panel(panel: Panel) -> str:
 
 
 def _places(xs: Sequence[Value]) -> dict[Value, float]:
-    """Each x between 0 and 1."""
+    """Place each x between 0 and 1."""
     numbers = [x for x in xs if not isinstance(x, str)]
     if len(numbers) < len(xs) or len(xs) < 2:
         return {x: (i + 0.5) / len(xs) for i, x in enumerate(xs)}
@@ -91,7 +91,7 @@ def _places(xs: Sequence[Value]) -> dict[Value, float]:
 
 
 def _top(most: float) -> float:
-    """The end of an axis that holds ``most``: 1, 2, 4 or 8 times a power of ten, so that its quarters are short."""
+    """Find the end of an axis that holds ``most``: 1, 2, 4 or 8 times a power of ten; its quarters are short."""
     if most <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(most))

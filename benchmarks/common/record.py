@@ -1,4 +1,4 @@
-"""How a result is recorded: where it comes from, and the file that holds it."""
+"""Records a result: where it comes from, and the file that holds it."""
 
 import json
 import platform
@@ -20,7 +20,7 @@ Row = dict[str, Any]  # of a result: names and JSON values
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Where a result comes from: device, processor, versions, threads, command, date, commit."""
+    """Tell where a result comes from: device, processor, versions, threads, command, date, commit."""
     packages = ("torch", "transformers", "peft", "triton")
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
@@ -47,13 +47,13 @@ def write(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def _command() -> str:
-    """The command line, with files by their names alone."""
+    """Write the command line, with files by their names alone."""
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     return shlex.join(["python", "-m", _module(Path(sys.argv[0])), *words])
 
 
 def _module(script: Path) -> str:
-    """What ``python -m`` was given, by the file that it ran: a folder's is its ``__main__.py``."""
+    """Name what ``python -m`` was given by the file that it ran: a folder's is its ``__main__.py``."""
     script = script.resolve()
     parts = ("benchmarks", script.stem)
     if script.is_relative_to(ROOT):
@@ -62,7 +62,7 @@ def _module(script: Path) -> str:
 
 
 def _commit() -> str | None:
-    """The commit checked out; ``+`` if tracked files differ from it."""
+    """Name the commit checked out; ``+`` if tracked files differ from it."""
     try:
         commit, changes = (
             subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True).stdout

@@ -31,7 +31,7 @@ MODELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """What the table's rows compute on.
+    """Describes what the table's rows compute on.
 
     Attributes:
         task, pairs: ``(sequences, padded length)`` of the task, and of each of a pair's two answers with its prompt.
@@ -68,7 +68,7 @@ class Scenario:
 
 
 def table(shape: Shape, device: Device, scenario: Scenario) -> dict[str, tuple[str, Floor]]:
-    """What each row is, and its floor, by the row's letter."""
+    """Compute by the row's letter what each row is, and its floor."""
     s = scenario
     padded, pairs = (Tokens(count * length, length) for count, length in (s.task, (2 * s.pairs[0], s.pairs[1])))
     real, real_pairs = (Tokens(s.real * tokens.rows, s.real * tokens.length) for tokens in (padded, pairs))
@@ -110,7 +110,7 @@ def table(shape: Shape, device: Device, scenario: Scenario) -> dict[str, tuple[s
 
 
 def as_rows(floors: dict[str, tuple[str, Floor]]) -> list[dict[str, Any]]:
-    """The table as JSON has it; ``X_over`` is row X's time over this one's, ``over_X`` the other way."""
+    """Make the table as JSON has it; ``X_over`` is row X's time over this one's, ``over_X`` the other way."""
     ms = {letter: floor.ms for letter, (_, floor) in floors.items()}
     return [
         {"row": letter, "what": what, "tflop": (floor.flops - floor.work.lora) / 1e12}
@@ -126,7 +126,7 @@ HEADINGS = ("TFLOP", "LoRA", "GB", "matrix", "row-wise", "ms", "/A", "/A'", "B1/
 
 
 def text(rows: Sequence[dict[str, Any]]) -> str:
-    """The table as text: of each column four digits of its largest number, of ratios two decimals."""
+    """Write the table as text: of each column four digits of its largest number, of ratios two decimals."""
     names = list(rows[0])[2:]
     lines = [f"{'row':50}" + "".join(f"{heading:>9}" for heading in HEADINGS)]
     most = {name: max(row[name] for row in rows) for name in names}
@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sizes(given: str) -> tuple[int, int]:
-    """``10x128`` as a pair of numbers."""
+    """Read ``10x128`` as two numbers."""
     count, x, length = given.partition("x")
     if not (x and count.isdecimal() and length.isdecimal()):
         raise argparse.ArgumentTypeError(f"give sequences x length, as in 10x128, not {given!r}")
@@ -198,7 +198,7 @@ def _sizes(given: str) -> tuple[int, int]:
 
 
 def _shape(args: argparse.Namespace) -> Shape:
-    """The model's, or that of the widths given.
+    """Return the shape of a model, or of the widths given.
 
     Raises:
         ValueError: both, or widths that are missing.

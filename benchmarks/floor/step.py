@@ -22,7 +22,7 @@ Name = Literal["sft", "published", "released", "literal", "lagged", "fresh"]
 
 @dataclass(frozen=True)
 class Device:
-    """What a device can do at best: ``peak`` in FLOP/s of matrix products, ``bandwidth`` in bytes/s of its memory."""
+    """Describes what a device can do at best: ``peak`` in FLOP/s of matrix products, ``bandwidth`` in bytes/s."""
 
     name: str
     peak: float
@@ -34,7 +34,7 @@ class Device:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What a step is given: the task, and the pairs (chosen and rejected rows together).
+    """Describes what a step is given: the task, and the pairs (chosen and rejected rows together).
 
     Without pairs the step goes on with a direction it has: what finding one costs is left out.
 
@@ -49,7 +49,7 @@ class BatchShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How a step is computed.
+    """Tells how a step is computed.
 
     Attributes:
         name: ``"sft"``: plain fine-tuning, pairs unread. ``"published"``: three passes, of the pairs, of the task at
@@ -106,18 +106,18 @@ class Floor:
 
     @property
     def bytes(self) -> float:
-        """All that has to cross the device's memory interface."""
+        """Count all that has to cross the device's memory interface."""
         return self.work.bytes
 
     @property
     def matrix_ms(self) -> float:
-        """Of matrix products but LoRA's."""
+        """The milliseconds of matrix products but LoRA's."""
         work = self.work
         return 1e3 * (work.linear + work.attention + work.head - work.spared) / self.device.peak
 
     @property
     def rowwise_ms(self) -> float:
-        """Of row-wise operations and LoRA."""
+        """The milliseconds of row-wise operations and LoRA."""
         lora = max(self.work.lora / self.device.peak, self.work.lora_bytes / self.device.bandwidth)
         return 1e3 * (self.work.rowwise / self.device.bandwidth + lora)
 
@@ -127,7 +127,7 @@ class Floor:
 
 
 def step_floor(shape: Shape, device: Device, batch: BatchShape, method: Method) -> Floor:
-    """The floor of one step (of one on average, where steps differ).
+    """Compute the floor of one step (of one on average, where steps differ).
 
     Raises:
         ValueError: ``lowest_probe`` is missing or not a layer; ``pairs_per_step`` without a count of pairs.
@@ -170,7 +170,7 @@ def _step_work(shape: Shape, batch: BatchShape, method: Method) -> Work:
 
 
 def _safety(shape: Shape, batch: BatchShape, method: Method) -> Work:
-    """Finding a direction."""
+    """Count the work of finding a direction."""
     pairs = batch.pairs
     if pairs is None:
         return Work()

@@ -79,7 +79,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any, **others: Any) -> "Shape":
-        """That of a transformers model.
+        """Read the shape of a transformers model.
 
         Args:
             config: the model's configuration: Llama, Mistral, Qwen2, Qwen3, or Gemma-3, of which the text part is read.
@@ -110,17 +110,17 @@ class Shape:
 
     @property
     def queries(self) -> int:
-        """Width of all query heads together."""
+        """The width of all query heads together."""
         return self.heads * self.head_dim
 
     @property
     def keys(self) -> int:
-        """Width of all key heads together, and of all value heads."""
+        """The width of all key heads together, and of all value heads."""
         return self.kv_heads * self.head_dim
 
     @property
     def maps(self) -> dict[str, tuple[int, int]]:
-        """``(in, out)`` of each linear map of a layer."""
+        """The ``(in, out)`` of each linear map of a layer."""
         hidden, inner, queries, keys = self.hidden, self.inner, self.queries, self.keys
         return {
             "q_proj": (hidden, queries),
@@ -134,7 +134,7 @@ class Shape:
 
     @property
     def layer_weights(self) -> int:
-        """Weights of a layer's linear maps."""
+        """The number of weights of a layer's linear maps."""
         return sum(n * m for n, m in self.maps.values())
 
     @property
@@ -143,11 +143,11 @@ class Shape:
 
     @property
     def lora_widths(self) -> int:
-        """``in + out``, summed over the targets of a layer."""
+        """The sum of ``in + out`` over the targets of a layer."""
         return sum(sum(self.maps[name]) for name in self.targets)
 
     def attended(self, layer: int, length: float) -> float:
-        """Keys that a query of a sequence attends to in a layer, on average over the sequence."""
+        """Count the keys that a query attends to in a layer, on average over the sequence."""
         window = self.windows[layer] if self.windows else None
         if window is None or length <= window:
             return (length + 1) / 2
@@ -156,7 +156,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a traversal computes on.
+    """Describes what a traversal computes on.
 
     Attributes:
         rows: tokens, with padding if that is computed on.
@@ -178,7 +178,7 @@ class Tokens:
 
     @classmethod
     def of(cls, lengths: Sequence[int], scored: float | None = None) -> "Tokens":
-        """Those of sequences of these lengths, without padding between them."""
+        """Make the tokens of sequences of these lengths, without padding between them."""
         if not lengths:
             raise ValueError("lengths is empty; give at least one sequence's")
         check_positive("tokens", {f"lengths[{i}]": n for i, n in enumerate(lengths)})
@@ -189,7 +189,7 @@ class Tokens:
         return self.rows if self.scored is None else self.scored
 
     def share(self, fraction: float) -> "Tokens":
-        """A share of the sequences."""
+        """Take a share of the sequences."""
         return Tokens(self.rows * fraction, self.length, self.head_rows * fraction)
 
 
@@ -241,7 +241,7 @@ def traversal(
     head: bool = True,
     float8: tuple[float, float] = (1.0, 1.0),
 ) -> Work:
-    """One forward or backward of some tokens.
+    """Count the work of one forward or backward of some tokens.
 
     Args:
         layers: those that are run.

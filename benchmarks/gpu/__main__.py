@@ -41,7 +41,7 @@ ENDING = 6.0
 
 
 class Stopped(BaseException):
-    """The run was told to stop."""
+    """Raised where the run was told to stop."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,7 +116,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _spelled(args: Any) -> str:
-    """The options with which one item of this run is repeated; its part, and its name, are to be added."""
+    """Spell the options with which one item of this run is repeated; its part, and its name, are to be added."""
     words = ["--out", "DIR", *(["--tiny"] if args.tiny else [])]
     return shlex.join(words + [word for path in args.also for word in ("--also", str(path))])
 

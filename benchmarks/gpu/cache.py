@@ -20,12 +20,12 @@ MOST = 15 * 2**20
 
 
 def default_folder() -> Path:
-    """Where Triton keeps its cache, unless told otherwise."""
+    """Return where Triton keeps its cache, unless told otherwise."""
     return Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
 
 
 def kernels(folder: Path) -> int:
-    """How many kernels a cache holds."""
+    """Count the kernels that a cache holds."""
     return sum(1 for _ in folder.glob(f"*/{_INDEX}*"))
 
 
@@ -75,6 +75,6 @@ def _loaded(files: Iterable[Path]) -> list[Path]:
 
 
 def _moved(index: bytes, folder: Path) -> bytes:
-    """An index whose paths are in ``folder``, of the files that travel."""
+    """Rewrite an index so that its paths are in ``folder``, of the files that travel."""
     names = [name for name in json.loads(index)["child_paths"] if Path(name).suffix in _LOADED]
     return json.dumps({"child_paths": {name: str(folder / name) for name in names}}).encode()

@@ -25,7 +25,7 @@ class SmokeCase(NamedTuple):
 
 
 def smallest(subject: Subject) -> Subject:
-    """As few rows as kernels are compiled for as they are for all of a subject's.
+    """Return the subject on the fewest rows for which its kernels are compiled as they are for all of its rows.
 
     A kernel knows widths, not the number of rows, unless its op says so (``Sizes``), or the longest sequence.
     """
@@ -35,14 +35,14 @@ def smallest(subject: Subject) -> Subject:
 
 
 def subjects(size: str, model: str = "llama-2-7b") -> list[Subject]:
-    """Every op at one size."""
+    """List every op at one size."""
     if size == "tiny":
         return [Subject.of(op, "tiny", FEW, SHORT) for op in every_op()]
     return [Subject(op.name, model, op.sizes.rows, op.sizes.length) for op in every_op()]
 
 
 def smoke_cases(size: str) -> list[SmokeCase]:
-    """Duals in bfloat16 first, which is how people train; then what is left of a step; float32 last."""
+    """Order the cases: duals in bfloat16, which is how people train; then what is left of a step; float32 last."""
     if size == "tiny":
         return [SmokeCase(subject, "float32", mode) for mode in MODES for subject in subjects(size)]
     return [

@@ -40,14 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def name(lines: Sequence[Mapping[str, Any]]) -> str:
-    """A run by device, part and date; a tiny run's is no device's."""
+    """Name a run by device, part and date; a tiny run's is no device's."""
     run = next(line for line in lines if line["kind"] == "run")
     device = "tiny" if run["tiny"] else re.sub(r"[^a-z0-9]+", "-", run["environment"]["device"].lower()).strip("-")
     return f"{device}-{run['part']}-{run['environment']['date'][:10]}"
 
 
 def kept(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The facts of a run, ordered: where, which stages, every item that went wrong, errors, measurements."""
+    """Order the facts of a run: where, which stages, every item that went wrong, errors, measurements."""
     run = next(line for line in lines if line["kind"] == "run")
     items = results.items(lines)
     counts: dict[str, Counter[str]] = defaultdict(Counter)

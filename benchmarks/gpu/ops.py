@@ -95,12 +95,12 @@ def copy(measure: Measure) -> None:
 
 
 def test_copy_first(measure: Measure, size: str) -> None:
-    """What a device can do: the bandwidth of a copy, bytes read and written."""
+    """Measure what a device can do: the bandwidth of a copy, bytes read and written."""
     copy(measure)
 
 
 def test_memory(stage: GpuStage, length: int, record_property: Callable[[str, object], None]) -> None:
-    """What attention allocates for one sequence, results included: it may grow with its length, not its square."""
+    """Measure what attention allocates for one sequence: it may grow with its length, not its square."""
     if DEVICE == "cpu":
         pytest.skip("a CPU does not count what is allocated")
     subject = Subject("attention", "llama-2-7b", length, length)
@@ -127,5 +127,5 @@ def test_op(measure: Measure, stage: GpuStage, visit: Visit, request: pytest.Fix
 
 
 def test_copy_last(measure: Measure, size: str) -> None:
-    """The same at the end, since a device may have slowed down."""
+    """Measure the copy once more at the end, since a device may have slowed down."""
     copy(measure)

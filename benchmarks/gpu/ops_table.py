@@ -22,14 +22,14 @@ NORMS, ATTENTION_MODEL = ("rms_norm", "probe_rms_norm"), "llama-2-7b"
 
 
 def copy_bandwidth(items: Iterable[Item]) -> float | None:
-    """Bytes read and written a second, over both copies."""
+    """Return the bytes read and written a second, over both copies."""
     copies = [item.values for item in items if "::test_copy" in item.id and "seconds" in item.values]
     seconds = [s for values in copies for s in values["seconds"]]
     return copies[0]["bytes"] / statistics.median(seconds) if seconds else None
 
 
 def rows(items: Sequence[Item]) -> list[Row]:
-    """One row for each op, size and pass; in it every contender, with its median time or why it has none."""
+    """Make one row for each op, size and pass; in it every contender, with its median time or why it has none."""
     copied = copy_bandwidth(items)
     result: dict[tuple, Row] = {}
     seconds: dict[tuple, list[float]] = {}
@@ -67,7 +67,7 @@ def _add_ratios(row: Row, copied: float | None) -> None:
 
 
 def memory(items: Sequence[Item]) -> list[Row]:
-    """What attention allocated at each length, in bytes; None where it was not measured."""
+    """Return what attention allocated at each length, in bytes; None where it was not measured."""
     found = [item for item in items if "::test_memory[" in item.id]
     return [
         {"length": int(parameter(item.id)), "outcome": item.outcome, "reason": item.reason}
@@ -77,7 +77,7 @@ def memory(items: Sequence[Item]) -> list[Row]:
 
 
 def targets(table: Iterable[Row], memories: Sequence[Row]) -> list[Row]:
-    """Every target with the value found, or with None where nothing was measured."""
+    """List every target with the value found, or with None where nothing was measured."""
     found = {(row["op"], row["model"], row["rows"], row["length"], row["pass"]): row for row in table}
     result = []
 
@@ -112,7 +112,7 @@ def targets(table: Iterable[Row], memories: Sequence[Row]) -> list[Row]:
 
 
 def cosine_targets(fidelity_rows: Iterable[Row]) -> list[Row]:
-    """The dual pass in bfloat16 against the exact derivative, model by model."""
+    """Judge the dual pass in bfloat16 against the exact derivative, model by model."""
     result = []
     for row in fidelity_rows:
         if (row["gradient"], row["dtype"]) == ("dual", "bfloat16"):
@@ -128,7 +128,7 @@ OTHERS = {"eager": "eager", "compiled": "compile", "liger": "2x Liger", "flash":
 
 
 def lines(table: Iterable[Row]) -> list[str]:
-    """The table as text. The last columns say how many times faster than another ours is."""
+    """Write the table as text. The last columns say how many times faster than another ours is."""
     heads = "".join(f"{head:>9}" for head in OTHERS.values())
     result = [f"{'op':21}{'model':13}{'shape':>9} {'pass':9}{'us':>9}{'GB/s':>7}{'copy':>6}{heads}"]
     reasons: Counter[tuple[str, str]] = Counter()
@@ -148,7 +148,7 @@ def lines(table: Iterable[Row]) -> list[str]:
 
 
 def verdicts(targets: Iterable[Row]) -> list[str]:
-    """A line for each target."""
+    """Write a line for each target."""
     return [
         f"{row['verdict']:13} {row['target']}" + ("" if row["value"] is None else f": {row['value']:.3g}")
         for row in targets
@@ -156,5 +156,5 @@ def verdicts(targets: Iterable[Row]) -> list[str]:
 
 
 def parameter(id: str) -> str:
-    """What is in the brackets of a test's id."""
+    """Return what is in the brackets of a test's id."""
     return id.partition("[")[2].removesuffix("]")

@@ -64,12 +64,12 @@ TINY_CONTENDERS = ("tidy", "plain-sft", "own-sft", "lagged")
 
 
 def environment(*, tiny: bool) -> dict[str, Any]:
-    """Where a run takes place: see :func:`benchmarks.common.record.environment`."""
+    """Tell where a run takes place: see :func:`benchmarks.common.record.environment`."""
     return record.environment("cpu" if tiny or not torch.cuda.is_available() else "cuda")
 
 
 def unfit(args: argparse.Namespace) -> str | None:
-    """Why a part cannot run here as it was asked for; None if it can."""
+    """Say why a part cannot run here as it was asked for; None if it can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if args.part == "ahead":
         return None
@@ -87,7 +87,7 @@ def unfit(args: argparse.Namespace) -> str | None:
 
 
 def sanitizer() -> str | None:
-    """Where compute-sanitizer is."""
+    """Find compute-sanitizer."""
     beside = "/usr/local/cuda/bin/compute-sanitizer"
     return shutil.which("compute-sanitizer") or (beside if Path(beside).exists() else None)
 
@@ -125,7 +125,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, str | None]:
-        """Variables of every stage's processes."""
+        """The variables of every stage's processes."""
         threads = "1" if self.args.tiny else "2"
         common: dict[str, str | None] = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": threads}
         common |= {"TRITON_CACHE_DIR": str(self.cache), "PYTHONUNBUFFERED": "1", "KINETO_LOG_LEVEL": "6"}
@@ -133,11 +133,11 @@ class Run:
         return common | ({"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"} if self.args.tiny else {})
 
     def seconds(self, most: float, keep: float = 0.0) -> float:
-        """What a stage may take: at most ``most``, of what is left less what those after it keep."""
+        """Return how long a stage may take: at most ``most``, of what is left less what those after it keep."""
         return min(most, self.end - self._clock() - keep)
 
     def done(self, stage: str) -> bool:
-        """Whether an earlier run has come to the end of a stage, and nothing in it was wrong."""
+        """Tell whether an earlier run has come to the end of a stage, and nothing in it was wrong."""
         lines = results.read(self.runner.found)
         ended = any(line["kind"] == "stage" and line["stage"] == stage and line.get("earlier") for line in lines)
         wrong = results.wrong(lines)
@@ -153,7 +153,7 @@ class Run:
             self._run(tests.stage, lambda seconds: self.runner.tests(tests, seconds), most, keep)
 
     def command(self, command: Command, most: float, keep: float = 0.0) -> int | None:
-        """Run a stage that is one command, likewise; its exit code, None if it was not run or cut off."""
+        """Run a stage that is one command, if there is time for it; return its exit code, None if it has none."""
         only = self.args.only
         if self.done(command.stage) or not (only is None or results.matches(command.stage, only.partition("/")[0])):
             return None
@@ -182,7 +182,7 @@ class Run:
         return run(seconds)
 
     def python(self, stage: str, module: str, *arguments: str, rows: bool = True) -> Command:
-        """A stage that is one of the benchmarks' commands; with ``rows`` it is told where to write them."""
+        """Run one of the benchmarks' commands as a stage; with ``rows`` it is told where to write them."""
         path = self.folder / f"{stage}.jsonl"
         words = ["-m", module, *arguments, *(["--jsonl", str(path)] if rows else [])]
         return Command(stage, words, self.environment, path if rows else None)
@@ -194,7 +194,7 @@ class Run:
 
 
 def check(run: Run) -> None:
-    """Does everything run, is it right."""
+    """Run the part that finds whether everything runs, and is right."""
     args = run.args
     if args.sanitize:
         return sanitize(run)
@@ -219,7 +219,7 @@ def variants(run: Run, most: float, keep: float = 0.0) -> None:
 
 
 def sanitize(run: Run) -> None:
-    """One op's smoke under compute-sanitizer, which sees accesses beyond what was allocated."""
+    """Run one op's smoke under compute-sanitizer, which sees accesses beyond what was allocated."""
     program = sanitizer()
     assert program is not None
     before = (program, "--tool", "memcheck", "--error-exitcode", "99", "--print-limit", "20")
@@ -231,7 +231,7 @@ def sanitize(run: Run) -> None:
 
 
 def time_(run: Run) -> None:
-    """How fast is it; first, whether what failed is mended."""
+    """Run the part that finds how fast all is; first, whether what failed is mended."""
     args = run.args
     files = (SMOKE_FILE, VARIANTS_FILE, *map(str, args.also), *(TINY_TESTS[:1] if args.tiny else DEVICE_TESTS))
     known = {Path(file).name for file in files}
@@ -260,7 +260,7 @@ def time_(run: Run) -> None:
 
 
 def profile(run: Run) -> None:
-    """A step by its phases; the page is kept."""
+    """Profile a step by its phases; the page is kept."""
     folder = run.folder / "profile"
     arguments = ["--out", str(folder), *_device(run), *_data(run)]
     tiny, real = ["--model", "tiny", "--small", "--steps", "1"], ["--model", MODEL, "--steps", "3"]
@@ -279,7 +279,7 @@ def ahead(run: Run) -> None:
 
 
 def _steps(run: Run, stage: str, contenders: Sequence[str], rounds: int, seconds: float, model: str) -> Command:
-    """Whole steps. The command is told less than it may take, so that it comes to its own end."""
+    """Time whole steps. The command is told less than it may take, so that it comes to its own end."""
     only = run.args.only
     chosen = list(contenders)
     if only is not None and "/" in only:

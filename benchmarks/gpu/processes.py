@@ -33,7 +33,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def grace_of(seconds: float) -> float:
-    """Of a stage's seconds, those at its end in which nothing new begins."""
+    """Return, of a stage's seconds, those at its end in which nothing new begins."""
     return min(GRACE, GRACE_SHARE * seconds)
 
 
@@ -217,7 +217,7 @@ class Runner:
 
 
 class _Share:
-    """A share of a stage's tests, and the process that is at it."""
+    """Holds a share of a stage's tests, and the process that is at it."""
 
     def __init__(self, runner: Runner, tests: Tests, index: int, deadline: float) -> None:
         self._runner, self._tests, self._index, self._deadline = runner, tests, index, deadline

@@ -126,12 +126,12 @@ class _Reporter:
 
 
 def _id(item: pytest.Item) -> str:
-    """pytest's node id; of a test in a file that is not the project's, with the name of the file."""
+    """Return pytest's node id; of a test in a file that is not the project's, with the name of the file."""
     return item.nodeid if not item.nodeid.startswith("::") else item.path.name + item.nodeid
 
 
 def _spread(items: list[pytest.Item]) -> list[pytest.Item]:
-    """One test of each function and op, then the second of each, and so on."""
+    """Order tests: one of each function and op, then the second of each, and so on."""
     seen: Counter[tuple[str, str]] = Counter()
     turns = {}
     for item in items:
@@ -143,14 +143,14 @@ def _spread(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def _op(item: pytest.Item) -> str:
-    """The op that a test is of; empty if of none."""
+    """Return the op that a test is of; empty if of none."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     op = parameters.get("op") or getattr(parameters.get("case"), "subject", None)
     return getattr(op, "op", None) or getattr(op, "name", "")
 
 
 def _context_is_lost() -> bool:
-    """Whether this process has used the GPU, and it answers no more."""
+    """Tell whether this process has used the GPU, and it answers no more."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False

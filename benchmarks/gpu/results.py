@@ -40,7 +40,7 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> list[Line]:
-    """All lines of a file, none if there is none; what was cut off while it was written is left out."""
+    """Read all lines of a file, none if there is none; what was cut off while it was written is left out."""
     return parsed(path.read_bytes()) if path.exists() else []
 
 
@@ -84,7 +84,7 @@ class Item:
 
 
 def items(lines: Iterable[Mapping[str, Any]]) -> list[Item]:
-    """The items that have ended, by their last word, in the order in which they first ended."""
+    """List the items that have ended, by their last word, in the order in which they first ended."""
     found: dict[str, Item] = {}
     for line in lines:
         if line["kind"] == "result":
@@ -93,7 +93,7 @@ def items(lines: Iterable[Mapping[str, Any]]) -> list[Item]:
 
 
 def settled(lines: Iterable[Mapping[str, Any]]) -> set[str]:
-    """The ids that a run need not begin: those it has begun, and those that an earlier one has found right.
+    """List the ids that a run need not begin: those it has begun, and those that an earlier one has found right.
 
     What failed earlier is tried again: it may have been mended.
     """
@@ -107,12 +107,12 @@ def settled(lines: Iterable[Mapping[str, Any]]) -> set[str]:
 
 
 def wrong(lines: Iterable[Mapping[str, Any]]) -> set[str]:
-    """The ids that failed, died or hung at their last try."""
+    """List the ids that failed, died or hung at their last try."""
     return {item.id for item in items(lines) if item.outcome in WRONG}
 
 
 def rows(lines: Iterable[Mapping[str, Any]], stage: str) -> list[Line]:
-    """The measurements of a stage."""
+    """List the measurements of a stage."""
     return [dict(line) for line in lines if line["kind"] == "row" and line["stage"] == stage]
 
 
@@ -121,7 +121,7 @@ _GROUND = ("device", "torch", "triton", "commit")
 
 
 def carried_over(lines: Iterable[Mapping[str, Any]], begun: Mapping[str, Any]) -> list[Line]:
-    """What a run takes over from an earlier one.
+    """List what a run takes over from an earlier one.
 
     Which items were right and which were wrong, and the digests of steps, to compare with. Of the same part, on the
     same device and code, the measurements too, and which stages came to their end.
@@ -144,7 +144,7 @@ def carried_over(lines: Iterable[Mapping[str, Any]], begun: Mapping[str, Any]) -
 
 
 def matches(id: str, glob: str | None) -> bool:
-    """Whether an id is one of ``glob``'s, in which ``*`` and ``?`` alone are special: ids are full of brackets."""
+    """Tell whether an id is one of ``glob``'s, in which ``*`` and ``?`` alone are special: ids are full of brackets."""
     if glob is None:
         return True
     pattern = re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".")
@@ -152,6 +152,6 @@ def matches(id: str, glob: str | None) -> bool:
 
 
 def brief(message: str, length: int = 300) -> str:
-    """A message in one line, without a place in anybody's file system."""
+    """Shorten a message to one line, without a place in anybody's file system."""
     text = " ".join(message.split())
     return re.sub(r"(?<![\w.])(/[\w.+-]+){2,}", lambda path: path[0].rpartition("/")[2], text)[:length]

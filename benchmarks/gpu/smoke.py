@@ -55,7 +55,7 @@ def fresh_memory() -> Iterator[None]:
 
 
 def test_op(case: SmokeCase, record_property: Recording) -> None:
-    """Forward and backward of an op through autograd, as a step calls it."""
+    """Run forward and backward of an op through autograd, as a step calls it."""
     op, dtype = subjects.op_named(case.subject.op), DTYPES[case.dtype]
     problem = MODES[case.mode](subjects.posed(case.subject, DEVICE, dtype))
     truth = subjects.truth(op, problem)
@@ -71,13 +71,13 @@ def test_op(case: SmokeCase, record_property: Recording) -> None:
 
 
 def _by_element(actual: Tensor, truth: Tensor, yardstick: Tensor) -> tuple[float, float]:
-    """The largest difference of two elements, and what is allowed of it."""
+    """Return the largest difference of two elements, and what is allowed of it."""
     error, usual = (float((x.double() - truth).abs().max()) for x in (actual, yardstick))
     return error, allowed(usual, float(truth.abs().max()), torch.float32, TIMES_AT_WIDTH)
 
 
 def _by_largest(actual: Tensor, truth: Tensor) -> float:
-    """The largest difference of two elements, of the largest element."""
+    """Return the largest difference of two elements, of the largest element."""
     return float((actual.double() - truth).abs().max() / truth.abs().max())
 
 
@@ -103,7 +103,7 @@ STEPS = {
 
 @pytest.mark.parametrize(("name", "dtype"), [*((name, "bfloat16") for name in STEPS), ("lagged", "float32")])
 def test_step(name: str, dtype: str, request: pytest.FixtureRequest, record_property: Recording) -> None:
-    """Three steps of a model of two layers: loss, gradients, and the probe that was found."""
+    """Take three steps of a model of two layers: loss, gradients, and the probe that was found."""
     config, tiny = STEPS[name], request.config.getoption("--size") == "tiny"
     if config.graph and not CUDA:
         pytest.skip("CUDA graphs need a GPU")
@@ -130,13 +130,13 @@ def test_step(name: str, dtype: str, request: pytest.FixtureRequest, record_prop
 
 
 def _batches(tokenizer: Any) -> tuple[Batch, Batch]:
-    """A task batch and pairs of the published sizes."""
+    """Make a task batch and pairs of the published sizes."""
     given = rows(tokenizer, models.examples(None), PUBLISHED, "real", DEVICE)
     return given.batch, given.pairs
 
 
 def _tiny_batches() -> tuple[Batch, Batch]:
-    """As few tokens as there is anything to compute on: the interpreter takes its time for each."""
+    """Make as few tokens as there is anything to compute on: the interpreter takes its time for each."""
     ids = torch.randint(3, 100, (2, 5))
     ids[1, :2] = ids[0, :2]
     labels = ids.clone()
@@ -145,7 +145,7 @@ def _tiny_batches() -> tuple[Batch, Batch]:
 
 
 class Found(NamedTuple):
-    """What a step has found: the gradients of all adapters by name, ``probe [m]`` of all layers."""
+    """Holds what a step has found: the gradients of all adapters by name, ``probe [m]`` of all layers."""
 
     loss: float
     gradients: dict[str, Tensor]
@@ -153,7 +153,7 @@ class Found(NamedTuple):
 
 
 def _steps(model: nn.Module, batch: Batch, pairs: Batch, config: SAPConfig) -> list[Found]:
-    """Three steps without an optimizer; the third of a captured one replays what the second has recorded."""
+    """Take three steps without an optimizer; the third of a captured one replays what the second has recorded."""
     weights, found = trained(model), []
     with sap_fast.attach(model, config) as sap:
         for _ in range(3):

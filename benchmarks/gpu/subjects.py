@@ -32,7 +32,7 @@ class Subject(NamedTuple):
 
     @staticmethod
     def of(op: OpCases, model: str, rows: int, length: int) -> "Subject":
-        """One in sequences of ``length`` if the op knows of them."""
+        """Make a subject in sequences of ``length`` if the op knows of them."""
         return Subject(op.name, model, rows, length if op.sizes.length else 0)
 
     @property
@@ -41,7 +41,7 @@ class Subject(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """One timing of one contender; ``order`` tells its visits apart."""
+    """Describes one timing of one contender; ``order`` tells its visits apart."""
 
     subject: Subject
     pass_: str
@@ -65,7 +65,7 @@ TINY_ROWS = 8
 
 
 def subjects(tiny: bool) -> list[Subject]:
-    """Whatever carries a target first, since time may run out; then what a step has; many rows last."""
+    """List whatever carries a target first, since time may run out; then what a step has; many rows last."""
     if tiny:
         return [Subject.of(op, "tiny", TINY_ROWS, TINY_ROWS) for op in every_op()]
     timed = [(op, size) for op in every_op() for size in op.sizes.timed]
@@ -79,12 +79,12 @@ def subjects(tiny: bool) -> list[Subject]:
 
 
 def has_formula(op: str) -> bool:
-    """Whether the op's dual is written by hand in ``formulas.py``, which is timed, and compiled, beside ours."""
+    """Tell whether the op's dual is written by hand in ``formulas.py``: timed, and compiled, beside ours."""
     return hasattr(formulas, op)
 
 
 def visits(tiny: bool) -> list[Visit]:
-    """Each subject's contenders in both orders; compilation, which takes longest, after all others."""
+    """List each subject's contenders in both orders; compilation, which takes longest, after all others."""
     result, compiled = [], []
     for subject in subjects(tiny):
         contenders = ["ours", "eager"] if has_formula(subject.op) else ["ours"]
@@ -108,14 +108,14 @@ def op_named(name: str) -> OpCases:
 
 
 def posed(subject: Subject, device: str, dtype: torch.dtype) -> Problem:
-    """A subject's inputs and cotangents, drawn without running the op: others stand where it falls."""
+    """Draw a subject's inputs and cotangents without running the op: others stand where it falls."""
     op, rng = op_named(subject.op), torch.Generator(device).manual_seed(0)
     with Recorder(_shapes):
         return pose(op, op.sizes.case(MODELS[subject.model], subject.rows, subject.length), rng, dtype)
 
 
 def _shapes(name: str) -> Callable[..., Any]:
-    """A raw op that computes nothing: its results have their shapes alone."""
+    """Make a rule of a raw op that computes nothing: its results have their shapes alone."""
 
     def rule(*args: Any) -> Any:
         outputs = getattr(torch.ops.sap_fast, name)(*tree_map_only(Tensor, lambda x: x.to("meta"), args))
@@ -126,7 +126,7 @@ def _shapes(name: str) -> Callable[..., Any]:
 
 
 def truth(op: OpCases, problem: Problem) -> dict[str, Tensor]:
-    """What is right, derived in float64."""
+    """Derive what is right, in float64."""
     if op.sizes.parts is None:
         return derive(op, problem.to(torch.float64))
     parts = [derive(op, part.to(torch.float64)) for part in op.sizes.parts(problem)]
@@ -141,7 +141,7 @@ class GpuStage:
         self.subject: Subject | None = None
 
     def checked(self, visit: Visit) -> OpContender:
-        """A contender whose results in this pass are right.
+        """Return a contender whose results in this pass are right.
 
         Raises:
             AssertionError: they are not.

@@ -1,4 +1,4 @@
-"""What a run has found, as text to mend from: ``table.txt``, short enough to be read whole, and ``tracebacks.txt``."""
+"""Writes what a run has found, as text to mend from: a short ``table.txt`` to be read whole, and ``tracebacks.txt``."""
 
 import enum
 import re
@@ -37,7 +37,7 @@ def write(out: Path, repeat: str) -> str:
 
 
 class Verdict(enum.Enum):
-    """What a run amounts to, and its exit code."""
+    """Holds what a run amounts to, and its exit code."""
 
     RIGHT = "ALL WAS TRIED AND RIGHT", 0
     WRONG = "SOMETHING IS WRONG", 1
@@ -50,7 +50,7 @@ class Verdict(enum.Enum):
 
 
 def verdict(lines: Lines) -> Verdict:
-    """What this run has found; what an earlier one found right or wrong counts as well."""
+    """Judge what this run has found; what an earlier one found right or wrong counts as well."""
     stages = [line for line in lines if line["kind"] == "stage" and not line.get("earlier")]
     if results.wrong(lines) or any(line["problem"] and not line["late"] for line in stages):
         return Verdict.WRONG
@@ -61,7 +61,7 @@ def verdict(lines: Lines) -> Verdict:
 
 
 class Problem(NamedTuple):
-    """Where an item of an op failed, as its id says it; empty strings where it says nothing."""
+    """Tells where an item of an op failed, as its id says it; empty strings where it says nothing."""
 
     op: str
     mode: str
@@ -79,20 +79,20 @@ class Problem(NamedTuple):
 
 
 def over_allowed(item: Item) -> float | None:
-    """The largest error of an item's results in parts of what is allowed; NaN if one is no number."""
+    """Return the largest error of an item's results in parts of what is allowed; NaN if one is no number."""
     found = [error / allowed if allowed else float("inf") for error, allowed in item.values.get("off", {}).values()]
     return None if not found else next((x for x in found if x != x), max(found))
 
 
 def kind_of_error(item: Item) -> str:
-    """What errors that are one and the same have in common: what was raised, and where."""
+    """Return what errors that are one and the same have in common: what was raised, and where."""
     reason = re.sub(r"[\d.]+(e[-+]?\d+)?", "N", item.reason.partition(":")[0] + item.reason[:120])
     where = [line for line in item.traceback.splitlines() if re.match(r"\S+\.py:\d+:", line)]
     return f"{item.outcome} {reason} {where[-1] if where else ''}"
 
 
 def alike(items: Iterable[Item]) -> dict[str, list[Item]]:
-    """Items that went wrong, by their error, in the order in which they did."""
+    """Group items that went wrong by their error, in the order in which they did."""
     groups: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         if item.outcome in WRONG:
@@ -101,7 +101,7 @@ def alike(items: Iterable[Item]) -> dict[str, list[Item]]:
 
 
 def tracebacks(lines: Lines) -> str:
-    """One traceback for each distinct error, numbered as in the table."""
+    """Write one traceback for each distinct error, numbered as in the table."""
     parts = []
     for number, items in enumerate(alike(results.items(lines)).values(), 1):
         ids = "\n".join(item.id for item in items)
@@ -110,7 +110,7 @@ def tracebacks(lines: Lines) -> str:
 
 
 def table(lines: Lines, repeat: str) -> str:
-    """The whole table, in fewer characters than ``MOST``."""
+    """Write the whole table, in fewer characters than ``MOST``."""
     items = results.items(lines)
     part = next((line["part"] for line in lines if line["kind"] == "run"), None)
     wanted = [
@@ -185,7 +185,7 @@ def _failures(items: Sequence[Item], repeat: str) -> list[str]:
 
 
 def _errors(items: Sequence[Item]) -> list[str]:
-    """Of each op and dtype the largest error that the smoke has seen, right or wrong."""
+    """Find for each op and dtype the largest error that the smoke has seen, right or wrong."""
     worst: dict[tuple[str, str], tuple[float, float, str]] = {}
     for item in items:
         problem = Problem.of(item.id)
@@ -203,7 +203,7 @@ def _errors(items: Sequence[Item]) -> list[str]:
 
 
 def _steps(lines: Lines) -> list[str]:
-    """Whole steps: of each contender and kind of rows what is known by the most rounds, and of those the last word."""
+    """Write whole steps: of each contender and kind of rows what most rounds know, and of those the last word."""
     run = next((line for line in lines if line["kind"] == "run"), None)
     facts = [fact for stage in ("step", "options", "float8", "small") for fact in results.rows(lines, stage)]
     found: dict[tuple, Mapping[str, Any]] = {}
@@ -236,7 +236,7 @@ def _steps(lines: Lines) -> list[str]:
 
 
 def _digests(digests: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Whether the bits of the same steps are the same in all runs that are told of here."""
+    """Say whether the bits of the same steps are the same in all runs that are told of here."""
     text = []
     for dtype, layers in dict.fromkeys((digest["dtype"], digest["layers"]) for digest in digests):
         alike = [d for d in digests if (d["dtype"], d["layers"]) == (dtype, layers)]
@@ -247,7 +247,7 @@ def _digests(digests: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _measured(verdicts: Sequence[str]) -> list[str]:
-    """The targets that were looked at; of the others how many there are."""
+    """Write the targets that were looked at; of the others how many there are."""
     found = [verdict for verdict in verdicts if not verdict.startswith("not measured  ")]
     left = len(verdicts) - len(found)
     return found + ([f"not measured: {left} targets"] if left else [])

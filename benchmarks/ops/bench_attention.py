@@ -33,7 +33,7 @@ pytestmark = pytest.mark.benchmark(timer=TIMER, disable_gc=True)
 
 @pytest.fixture(scope="module", autouse=True)
 def same_bits() -> Iterator[None]:
-    """The switch that PyTorch's backends need, and not what else it does: it also fills fresh memory."""
+    """Set the switch that PyTorch's backends need, and not what else it does: it also fills fresh memory."""
     before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -59,7 +59,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture(scope="module")
 def forward(backend: Backend, length: int) -> Callable[[], tuple[Tensor, list[Tensor], Tensor]]:
-    """A forward that is right: its result, what it is differentiated by, and a cotangent."""
+    """Make a forward that is right: it gives its result, what it is differentiated by, and a cotangent."""
     heads = Heads(DTYPE, HEAD_DIM)
     try:
         choose(backend, machine_of(DEVICE, heads), heads)

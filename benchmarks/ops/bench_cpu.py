@@ -46,7 +46,7 @@ class CpuStage:
         self.key: tuple[str, str] | None = None
 
     def checked(self, case_name: str, dtype: torch.dtype, pass_: str, name: str) -> OpContender:
-        """A contender whose results in this pass are right.
+        """Return a contender whose results in this pass are right.
 
         Raises:
             AssertionError: they are not.
@@ -69,7 +69,7 @@ class CpuStage:
 
 
 def truth(op: OpCases, case: Case, problem: Problem) -> dict[str, Tensor]:
-    """What is right, derived from the primal."""
+    """Derive what is right, from the primal."""
     return derive(op, problem.to(torch.float64 if case.flops < LARGE else torch.float32))
 
 
@@ -84,7 +84,7 @@ def contenders_of(case: str) -> tuple[str, ...]:
 
 
 def visits() -> list[Any]:
-    """Every pass of every case by each contender, in both orders."""
+    """List every pass of every case by each contender, in both orders."""
     return [
         pytest.param(case, dtype, pass_, name, id=f"{case} {dtype} {pass_} {name} {order}")
         for dtype in DTYPES

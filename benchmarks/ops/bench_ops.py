@@ -48,7 +48,7 @@ PASSES: dict[str, tuple[Callable[[Problem], Problem], int]] = {
 
 
 def clock() -> float:
-    """Seconds, once the device has done what it was given before."""
+    """Return the seconds, once the device has done what it was given before."""
     if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter()

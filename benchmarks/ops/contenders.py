@@ -54,7 +54,7 @@ RULES: dict[str, Callable[[str], Callable[..., Any]] | None] = {
 
 
 class OpContender(NamedTuple):
-    """Someone who solves a problem: what is timed, and how what it returns is named for comparison."""
+    """Solves a problem: holds what is timed, and how what it returns is named for comparison."""
 
     problem: Problem
     functions: dict[str, Callable[[], Any]]

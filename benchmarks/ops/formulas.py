@@ -25,7 +25,7 @@ Tensors = Sequence[Tensor | None]
 
 
 def rule(name: str) -> Callable[..., Any]:
-    """The function of a raw op, such as ``"glu_backward"``."""
+    """Return the function of a raw op, such as ``"glu_backward"``."""
     return globals()[name]
 
 
@@ -33,7 +33,7 @@ def rule(name: str) -> Callable[..., Any]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """``y = gain x rstd``, ``rstd = (mean x^2 + eps)^(-1/2)``."""
+    """Compute ``y = gain x rstd``, ``rstd = (mean x^2 + eps)^(-1/2)``."""
     wide = x.to(compute_dtype(x))
     gain = offset + weight.to(wide.dtype)
     rstd = torch.rsqrt(wide[0].square().mean(-1, keepdim=True) + eps)
@@ -70,7 +70,7 @@ def _norm_backward(dy: Tensor, h: Tensor, rstd: Tensor, weight: Tensor, offset: 
 def probe_rms_norm(
     residual: Tensor, update: Tensor, probe: Tensor | None, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``h = residual + update + probe``, then as ``rms_norm``."""
+    """Compute ``h = residual + update + probe``, then as ``rms_norm``."""
     dtype = compute_dtype(residual)
     h = residual.to(dtype) + update.to(dtype)
     if probe is not None:
@@ -82,7 +82,7 @@ def probe_rms_norm(
 def probe_rms_norm_backward(
     dh: Tensor | None, dy: Tensor, h: Tensor, rstd: Tensor, weight: Tensor, eps: float, offset: float, capture: bool
 ) -> tuple[Tensor, Tensor]:
-    """The cotangent of the norm's input plus that of the stream; the probe's is its sum over rows."""
+    """Add the cotangents of the norm's input and of the stream; the probe's is its sum over rows."""
     dx = _norm_backward(dy, h, rstd, weight, offset)
     if dh is not None:
         dx = dx + dh
@@ -93,7 +93,7 @@ def probe_rms_norm_backward(
 
 
 def _activation(name: str, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``s(g)`` and its first and second derivative."""
+    """Compute ``s(g)`` and its first and second derivative."""
     if name == "silu":
         sigmoid = torch.sigmoid(g)
         slope = sigmoid * (1 - sigmoid)
@@ -111,7 +111,7 @@ def _activation(name: str, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """``y = s(gate) up``, ``y_dot = s' gate_dot up + s up_dot``."""
+    """Compute ``y = s(gate) up``, ``y_dot = s' gate_dot up + s up_dot``."""
     g, u = (x.to(compute_dtype(x)) for x in (gate, up))
     s, s1, _ = _activation(activation, g[0])
     if len(gate) == 1:
@@ -174,7 +174,7 @@ def take_rows(xs: list[Tensor], rows: Tensor) -> list[Tensor]:
 
 
 def take_rows_backward(dys: list[Tensor], offsets: Tensor, takers: Tensor) -> list[Tensor]:
-    """Each row's cotangent is the sum over its takers."""
+    """Sum up each row's cotangent over its takers."""
     places = torch.arange(len(takers), device=takers.device)
     row = torch.searchsorted(offsets, places, right=True) - 1
     zeros = [dy.new_zeros((len(dy), len(offsets) - 1, *dy.shape[2:]), dtype=compute_dtype(dy)) for dy in dys]
@@ -197,7 +197,7 @@ def attention(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:
-    """``P = softmax(c Q K')``, ``O = P V``, and the log-sum-exp of the scores."""
+    """Compute ``P = softmax(c Q K')``, ``O = P V``, and the log-sum-exp of the scores."""
     dtype, storage = compute_dtype(q), q.dtype
     padded, keys = padded_dual(q, k, cu_seqlens, seqused, cu_seqlens_k, max_seqlen, max_seqlen_k)
     group = q.shape[2] // k.shape[2]
@@ -260,7 +260,7 @@ def attention_backward(
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, grads: int) -> tuple[Tensor, Tensor]:
-    """``nll = lse(z) - z[target]``, ``z = W x``; and ``W' (p - e_y)``, of a dual after its tangent."""
+    """Compute ``nll = lse(z) - z[target]``, ``z = W x``; and ``W' (p - e_y)``, of a dual after its tangent."""
     z = F.linear(x, weight).to(compute_dtype(x))
     lse = z[:1].logsumexp(-1)
     p = (z[0] - lse[0, :, None]).exp()
@@ -276,7 +276,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, grads: int)
 
 
 def linear_cross_entropy_backward(dnll: Tensor, basis: Tensor, dtype: torch.dtype) -> Tensor:
-    """The ordinary gradient of every row's loss, weighted; and the tangent of that."""
+    """Weight the ordinary gradient of every row's loss, and the tangent of that."""
     dx_dot = dnll[-1, :, None] * basis[-1]
     if len(dnll) == 1:
         return dx_dot[None].to(dtype)
@@ -300,7 +300,7 @@ def lora_linear(
     dropout: list[float],
     salt: list[int],
 ) -> list[Tensor]:
-    """``y = W x + bias + s B A x``, ``y_dot = W x_dot + s (B A x_dot + B A_dot x + B_dot A x)``."""
+    """Compute ``y = W x + bias + s B A x``, ``y_dot = W x_dot + s (B A x_dot + B A_dot x + B_dot A x)``."""
     ys = []
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         y = F.linear(x, weight)
@@ -333,7 +333,7 @@ def lora_linear_backward(
     salt: list[int],
     need_dx: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """``dx_dot = W' dy_dot + s A'B' dy_dot`` and its tangent; the gradients of the adapters, of dy_dot alone."""
+    """Compute ``dx_dot = W' dy_dot + s A'B' dy_dot`` and its tangent; the adapters' gradients, of dy_dot alone."""
     dtype = compute_dtype(x)
     dx = torch.zeros((len(dys[0]) if need_dx else 0, *x.shape[1:]), dtype=dtype, device=x.device)
     das, dbs = [], []

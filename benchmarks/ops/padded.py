@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class Padded:
-    """Rows ``[S, rows, heads, d]`` as ``[S, B, kv_heads, group T, d]`` and back; padding is zero in both."""
+    """Turns rows ``[S, rows, heads, d]`` into ``[S, B, kv_heads, group T, d]`` and back; padding is zero in both."""
 
     def __init__(self, cu_seqlens: Tensor, seqused: Tensor | None, max_seqlen: int, rows: int, kv_heads: int) -> None:
         start, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
@@ -35,7 +35,7 @@ class Padded:
         return x * self.kept[:, None, None]
 
     def hidden(self, keys: "Padded", group: int, window: int) -> Tensor:
-        """``[group T, T]``, or ``[B, 1, group T, T_k]`` with keys of their own: those that a query does not see."""
+        """Mark what a query does not see: ``[group T, T]``, or ``[B, 1, group T, T_k]`` with keys of their own."""
         own = self.t
         if keys is not self:
             # Padding has the last key as its own, so that it sees some.
@@ -53,7 +53,7 @@ def padded_dual(
     max_seqlen: int,
     max_seqlen_k: int,
 ) -> tuple[Padded, Padded]:
-    """Of queries, and of keys: the same without ``cu_seqlens_k``."""
+    """Lay out queries and keys; both have one layout without ``cu_seqlens_k``."""
     queries = Padded(cu_seqlens, seqused, max_seqlen, q.shape[1], k.shape[2])
     if cu_seqlens_k is None:
         return queries, queries

@@ -21,11 +21,11 @@ Single = Callable[..., Sequence[Tensor]]
 
 
 class AbsentError(Exception):
-    """A peer is not installed here."""
+    """Raised where a peer is not installed here."""
 
 
 class Twice:
-    """Two ordinary passes, on the two halves of a dual's inputs.
+    """Takes two ordinary passes, on the two halves of a dual's inputs.
 
     The first is that of ``problem.single()``; the second has the other cotangents. Inputs are copies, since some
     kernels write their results over them. What a kernel then finds in its next round is its own last result: its
@@ -71,7 +71,7 @@ def liger_rms_norm(problem: Problem) -> Twice:
 
 
 def liger_probe_rms_norm(problem: Problem) -> Twice:
-    """Residual addition and norm, which is as much of the op as others have: without the probe."""
+    """Add the residual and normalise, which is as much of the op as others have: without the probe."""
     apply, c = _liger("fused_add_rms_norm", "LigerFusedAddRMSNormFunction"), problem.constants
     inputs = {name: problem.inputs[name] for name in ("residual", "update")}
 
@@ -88,7 +88,7 @@ def liger_glu(problem: Problem) -> Twice:
 
 
 def liger_rotary(problem: Problem) -> Twice:
-    """Its angles must repeat in the two halves of the channels, as those of models do."""
+    """Rotate by Liger: its angles must repeat in the two halves of the channels, as those of models do."""
     apply = _liger("rope", "LigerRopeFunction")
     cos, sin = problem.constants["cos"][None], problem.constants["sin"][None]
 
@@ -101,7 +101,7 @@ def liger_rotary(problem: Problem) -> Twice:
 
 
 def flash_attention(problem: Problem) -> Twice:
-    """PyTorch's flash attention over packed sequences; where there is none, over a batch of equal lengths."""
+    """Attend by PyTorch's flash attention over packed sequences; where there is none, over equal lengths."""
     c = problem.constants
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -139,7 +139,7 @@ PEERS: dict[str, tuple[str, Callable[[Problem], Twice]]] = {
 
 
 def installed(package: str) -> str | None:
-    """The version of an optional package, or None."""
+    """Return the version of an optional package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What the published step is made of: losses, the direction, the difference, and how a model is moved and put back.
+"""Holds the published step's parts: losses, direction, difference, and how a model is moved and put back.
 
 Each stands alone, so that the fidelity and steering benchmarks can take the published gradient without the step.
 Sources as in ``step.py``.
@@ -20,7 +20,7 @@ IGNORED = -100
 def harmful_direction(
     model: nn.Module, pairs: Batch, *, logsigmoid: float | None = None, autocast: bool = False
 ) -> dict[str, Tensor]:
-    """The unit gradient of the safety loss over all trained weights; answers teacher-forced.
+    """Compute the unit gradient of the safety loss over all trained weights; answers teacher-forced.
 
     Args:
         pairs: ``[2P, T]`` as above.
@@ -45,7 +45,7 @@ def finite_differences(
     *,
     autocast: bool = False,
 ) -> dict[float, dict[int, Tensor]]:
-    """``(grad_V L(theta + alpha u, V) - grad_V L(theta, V)) / alpha`` by radius, by layer ``[d]``.
+    """Compute ``(grad_V L(theta + alpha u, V) - grad_V L(theta, V)) / alpha`` by radius, by layer ``[d]``.
 
     Args:
         batch: ``[B, T]`` as above.
@@ -79,13 +79,13 @@ def finite_differences(
 
 
 def task_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood of the scored tokens, in nats; 0-dim."""
+    """Compute the mean negative log-likelihood of the scored tokens, in nats; 0-dim."""
     nll, scored = _token_nll(model, batch)
     return nll.sum() / scored.sum()
 
 
 def margins(model: nn.Module, pairs: Batch, *, per_token: bool) -> Tensor:
-    """``log p(chosen) - log p(rejected)`` of each pair ``[P]``, answers teacher-forced."""
+    """Compute ``log p(chosen) - log p(rejected)`` of each pair ``[P]``, answers teacher-forced."""
     nll, scored = _token_nll(model, pairs)
     totals = -nll.sum(1) / scored.sum(1) if per_token else -nll.sum(1)
     chosen, rejected = totals.chunk(2)
@@ -93,7 +93,7 @@ def margins(model: nn.Module, pairs: Batch, *, per_token: bool) -> Tensor:
 
 
 def prompt_only_margins(model: nn.Module, contrast: Batch) -> Tensor:
-    """The released margin of each pair ``[P]``: labels scored on the prompt's padding, unshifted.
+    """Compute each pair's released margin ``[P]``: labels scored on the prompt's padding, unshifted.
 
     Args:
         contrast: as :func:`prompt_only_pairs` makes it.
@@ -107,7 +107,7 @@ def prompt_only_margins(model: nn.Module, contrast: Batch) -> Tensor:
 
 
 def prompt_only(batch: Batch, length: int, pad: int) -> dict[str, Tensor]:
-    """The released input ``[B, length]``: prompts and padding; labels stay where they were."""
+    """Make the released input ``[B, length]``: prompts and padding; labels stay where they were."""
     prompt = _prompt_mask(batch)
     return {
         "input_ids": _fit(torch.where(prompt, batch["input_ids"], pad), length, pad),
@@ -117,7 +117,7 @@ def prompt_only(batch: Batch, length: int, pad: int) -> dict[str, Tensor]:
 
 
 def prompt_only_pairs(pairs: Batch, length: int, pad: int) -> dict[str, Tensor]:
-    """The released contrastive batch ``[P, length]``: one prompt a pair and two rows of labels."""
+    """Make the released contrastive batch ``[P, length]``: one prompt a pair and two rows of labels."""
     both = prompt_only(pairs, length, pad)
     chosen, rejected = both["labels"].chunk(2)
     return {
@@ -129,7 +129,7 @@ def prompt_only_pairs(pairs: Batch, length: int, pad: int) -> dict[str, Tensor]:
 
 
 def _token_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """``(-log p of the token after each, 0 where that is not scored; whether it is scored)``."""
+    """Compute ``(-log p of the token after each, 0 where that is not scored; whether it is scored)``."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
@@ -138,7 +138,7 @@ def _token_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _prompt_mask(batch: Batch) -> Tensor:
-    """True on the real tokens before the first label ``[B, T]``."""
+    """Mark the real tokens before the first label ``[B, T]`` with True."""
     return ((batch["labels"] != IGNORED).cumsum(1) == 0) & (batch["attention_mask"] != 0)
 
 
@@ -156,22 +156,22 @@ def pad_id(model: nn.Module) -> int:
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """theta: the weights that require grad, by name."""
+    """Return theta: the weights that require grad, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def gradients(loss: Tensor, wrt: Mapping) -> dict:
-    """Gradients of ``loss`` by name."""
+    """Compute the gradients of ``loss`` by name."""
     return dict(zip(wrt, torch.autograd.grad(loss, list(wrt.values())), strict=True))
 
 
 def norm(tensors: Mapping) -> Tensor:
-    """The Euclidean norm over all tensors together, 0-dim."""
+    """Compute the Euclidean norm over all tensors together, 0-dim."""
     return torch.cat([t.detach().flatten() for t in tensors.values()]).norm()
 
 
 def unit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, scaled to a joint norm of 1."""
+    """Scale the tensors to a joint norm of 1."""
     length = norm(tensors)
     return {name: t / length for name, t in tensors.items()}
 
@@ -180,7 +180,7 @@ def unit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def bf16_autocast(model: nn.Module) -> AbstractContextManager:
-    """bfloat16 autocast on the model's device."""
+    """Enter bfloat16 autocast on the model's device."""
     return torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16)
 
 
@@ -234,7 +234,7 @@ def _constant(theta: Mapping[str, nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def hooked(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, nn.Parameter]]:
-    """A zero probe on layer outputs."""
+    """Add a zero probe to layer outputs."""
     vectors = {j: _zero_probe(_layers(model)[j].mlp.down_proj) for j in layers}
     with probes(model, vectors):
         yield vectors
@@ -242,7 +242,7 @@ def hooked(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, nn.Par
 
 @contextmanager
 def biases(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, nn.Parameter]]:
-    """A zero probe as the bias of ``mlp.down_proj``."""
+    """Add a zero probe as the bias of ``mlp.down_proj``."""
     sites = {j: _layers(model)[j].mlp.down_proj for j in layers}
     for j, site in sites.items():
         if type(site) is not nn.Linear or site.bias is not None:
@@ -280,7 +280,7 @@ def training(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Dropout off; other modules keep their mode, as checkpointing wants them in training mode."""
+    """Switch dropout off; other modules keep their mode, as checkpointing wants them in training mode."""
     with _flags_kept(model):
         for module in model.modules():
             if isinstance(module, nn.Dropout):

@@ -65,7 +65,7 @@ from benchmarks.published.parts import (
 
 
 class PublishedStep:
-    """The published step on one model; a context manager that takes everything off at its end.
+    """Runs the published step on one model; a context manager that takes everything off at its end.
 
     Args:
         model: a transformers model with LoRA adapters, as ``peft.get_peft_model`` makes it.

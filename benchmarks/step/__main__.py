@@ -142,7 +142,7 @@ def told(path: Path, fact: Row) -> None:
 
 
 def _share(left: Sequence[tuple[str, str]]) -> float:
-    """Of the time that is left, what the first of these measurements gets: few contenders take part on some rows."""
+    """Return, of the time that is left, what the first of these measurements gets: few take part on some rows."""
     weights = [0.4 if kind == "floor" else 1.0 for _, kind in left]
     return weights[0] / sum(weights)
 
@@ -152,7 +152,7 @@ def _peers() -> dict[str, str]:
 
 
 def line(row: Row) -> str:
-    """A row as text."""
+    """Write a row as text."""
     what = f"{row['padding']:8} {row['dtype']:8} {row['contender']:24}"
     times = f"{row['ms']:8.1f} ms ({row['ms_least']:.1f} to {row['ms_most']:.1f})"
     floor = f"floor {row['floor_ms']:.1f} ms, {row['ms_over_floor']:.2f} x  {_rate(row)}"

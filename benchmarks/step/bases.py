@@ -26,7 +26,7 @@ CHECKED_LAYERS = 2
 
 
 def base_of(name: str, smollm2: Path | None = None, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
-    """A model of ``BASES`` and its tokenizer; of a large one, its weights are drawn in ``dtype``, else in float32.
+    """Make a model of ``BASES`` and its tokenizer; a large one's weights are drawn in ``dtype``, else in float32.
 
     Args:
         smollm2: a folder to take SmolLM2 from.
@@ -37,7 +37,7 @@ def base_of(name: str, smollm2: Path | None = None, dtype: torch.dtype = torch.f
 
 
 def ready(name: str, smollm2: Path | None, dtype: torch.dtype, device: str) -> tuple[nn.Module, Any]:
-    """A model with adapters in float32, its frozen weights stored in ``dtype`` on ``device``, and its tokenizer."""
+    """Make a model with adapters in float32, its frozen weights in ``dtype`` on ``device``, and its tokenizer."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()  # of the model before it
@@ -49,12 +49,12 @@ def ready(name: str, smollm2: Path | None, dtype: torch.dtype, device: str) -> t
 
 
 def frozen_dtype(model: nn.Module) -> torch.dtype:
-    """In which a model's frozen weights are stored."""
+    """Return the dtype that a model's frozen weights are stored in."""
     return next(p.dtype for p in model.parameters() if not p.requires_grad)
 
 
 def shallow(name: str, model: nn.Module) -> nn.Module:
-    """A twin of a model that a few steps take little time on."""
+    """Make a twin of a model that a few steps take little time on."""
     return models.cut(model, CHECKED_LAYERS) if name in LARGE else models.twin(model)
 
 

@@ -28,7 +28,7 @@ KINDS = ("full", "real", "released", "floor")
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sequences of a task batch and pairs of a step, and the most tokens of each; longer rows are cut."""
+    """Holds the sequences of a task batch and pairs of a step, and the most tokens of each; longer rows are cut."""
 
     tasks: int
     task_length: int
@@ -43,7 +43,7 @@ PUBLISHED = Shapes(10, 128, 8, 256)
 
 @dataclass(frozen=True)
 class Given:
-    """What a step is given: ``batch [B, T]`` and ``pairs [2P, T]``, as ``SAP.step`` takes them.
+    """Holds what a step is given: ``batch [B, T]`` and ``pairs [2P, T]``, as ``SAP.step`` takes them.
 
     Attributes:
         kind: one of ``KINDS``.
@@ -57,7 +57,7 @@ class Given:
 
 
 def rows(tokenizer: Any, examples: Sequence[Example], shapes: Shapes, kind: str, device: str, seed: int = 0) -> Given:
-    """The rows of one kind, on a device.
+    """Make the rows of one kind, on a device.
 
     Args:
         examples: task data; the pairs are the embedded ones. Rows of kind ``floor`` have neither.
@@ -94,7 +94,7 @@ def rows(tokenizer: Any, examples: Sequence[Example], shapes: Shapes, kind: str,
 
 
 def answered(tokenizer: Any, row: Any, length: int) -> bool:
-    """Whether tokens of an example's answer, or of both of a pair's, are left where it is cut."""
+    """Tell whether tokens of an example's answer, or of both of a pair's, are left where it is cut."""
     encoded = encode_tasks if isinstance(row, Example) else encode_pairs
     try:
         return not encoded(tokenizer, [row._asdict()], length).dropped
@@ -103,12 +103,12 @@ def answered(tokenizer: Any, row: Any, length: int) -> bool:
 
 
 def turned(data: Sequence[Any], start: int) -> list[Any]:
-    """All of the data, going round from one of them."""
+    """Return all of the data, going round from one of them."""
     return [*data[start:], *data[:start]]
 
 
 def joined(examples: Sequence[Any]) -> Any:
-    """The first one's prompt, with all their answers as its answer: long enough to be cut to any length."""
+    """Join the first one's prompt with all their answers as its answer: long enough to be cut to any length."""
     if isinstance(examples[0], Example):
         return Example(examples[0].prompt, " ".join(example.completion for example in examples))
     chosen, rejected = (" ".join(getattr(pair, side) for pair in examples) for side in ("chosen", "rejected"))
@@ -116,13 +116,13 @@ def joined(examples: Sequence[Any]) -> Any:
 
 
 def padded_to(batch: Batch, length: int) -> dict[str, Tensor]:
-    """The batch with its rows padded on the right to ``length`` tokens; their ids there are that of padding, or 0."""
+    """Pad a batch's rows on the right to ``length`` tokens; their ids there are that of padding, or 0."""
     fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
     return {key: F.pad(x, (0, length - x.shape[1]), value=fill[key]) for key, x in batch.items()}
 
 
 def as_if_real(batch: Batch) -> dict[str, Tensor]:
-    """The batch whose padding counts as tokens: they are computed on and not scored.
+    """Return the batch with padding counted as tokens: they are computed on and not scored.
 
     Padding is on the right and attention is causal, so nothing that is scored changes.
     """
@@ -130,10 +130,10 @@ def as_if_real(batch: Batch) -> dict[str, Tensor]:
 
 
 def lengths(batch: Batch) -> list[int]:
-    """Of each row, the tokens that are not padding."""
+    """Count the tokens of each row that are not padding."""
     return batch["attention_mask"].sum(1).tolist()
 
 
 def scored(batch: Batch) -> int:
-    """Tokens that the loss is over; a row's first has none before it to be predicted from."""
+    """Count the tokens that the loss is over; a row's first has none before it to be predicted from."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.benchmark(timer=clock, disable_gc=True)
 
 
 class Ground(NamedTuple):
-    """What all contenders on one model share."""
+    """Holds what all contenders on one model share."""
 
     model: nn.Module
     given: Given
@@ -46,7 +46,7 @@ class Ground(NamedTuple):
 
 @pytest.fixture(scope="module")
 def grounds() -> Iterator[dict[str, Ground]]:
-    """By model, made when first asked for."""
+    """Keep grounds by model, made when first asked for."""
     yield {}
 
 

@@ -1,4 +1,4 @@
-"""Whether a contender's loss and gradient are right, by plain autograd on a float64 copy of the model."""
+"""Checks that a contender's loss and gradient are right, by plain autograd on a float64 copy of the model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ Result = tuple[Tensor, dict[str, Tensor]]
 
 
 class Exact:
-    """A float64 copy of a model: what the task's loss and gradient are at the model's weights, as they are stored.
+    """Holds a float64 copy of a model: its task's loss and gradient at the model's weights, as they are stored.
 
     Attributes:
         tolerance: what the model's dtype allows a contender.
@@ -31,7 +31,7 @@ class Exact:
         self.tolerance = TOLERANCE[next(p.dtype for p in model.parameters() if not p.requires_grad)]
 
     def at(self, batch: Batch, probe: Mapping[int, Tensor]) -> Result:
-        """The loss, and its gradient by name, in a probe's presence."""
+        """Compute the loss, and its gradient by name, in a probe's presence."""
         if any(v.any() for v in probe.values()):
             return self._computed(batch, probe)
         for known, result in self._without_probe:

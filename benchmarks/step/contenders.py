@@ -45,7 +45,7 @@ RELEASED_DROPOUT = 0.1
 
 @dataclass(frozen=True)
 class Contender:
-    """How to put a contender to given.
+    """Tells how to put a contender to work.
 
     Attributes:
         opened: puts it to work on a model that it may change; raises :class:`AbsentError`, with the reason, where it
@@ -127,7 +127,7 @@ def _dropout(model: nn.Module) -> list[nn.Dropout]:
 def sap(
     config: SAPConfig, *, pairs: bool = True, padded: bool = False, direction: bool = True
 ) -> Callable[[nn.Module, Given], AbstractContextManager[Run]]:
-    """``SAP.step`` by a configuration, whose ``pairs_per_step`` means half of the pairs.
+    """Make what opens ``SAP.step`` by a configuration, whose ``pairs_per_step`` means half of the pairs.
 
     Args:
         pairs: whether it is given pairs.
@@ -189,14 +189,14 @@ def _attached(model: nn.Module, config: SAPConfig) -> SAP:
 
 @contextmanager
 def _nothing_blocked() -> Iterator[None]:
-    """Where something blocks captured steps, the contender is refused: it would be an eager step under their name."""
+    """Refuse the contender where something blocks captured steps: it would be an eager step under their name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "graph=True")
         yield
 
 
 def _saving(period: int = 1, **options: Any) -> Contender:
-    """The lagged step with options; ``pairs_per_step`` is half of them, however many there are."""
+    """Make a contender of the lagged step with options; ``pairs_per_step`` is half of them, however many there are."""
     said = options | ({"pairs_per_step": "half"} if "pairs_per_step" in options else {})
     return Contender(sap(SAPConfig(schedule="lagged", **options)), "lagged", {"schedule": "lagged", **said}, period)
 
@@ -237,10 +237,10 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def _layers(model: Any) -> tuple[int, ...]:
-    """The probed layers: the published step gets those of ours."""
+    """Return the probed layers: the published step gets those of ours."""
     return SAPConfig().layers_of(model.config.num_hidden_layers)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """In which the frozen weights are stored."""
+    """Return the dtype that the frozen weights are stored in."""
     return next(p.dtype for p in model.parameters() if not p.requires_grad)

@@ -53,7 +53,7 @@ class Allocations:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """What happens in here counts; what others do between recordings does not."""
+        """Count what happens in here; what others do between recordings does not count."""
         if self._is_cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -75,7 +75,7 @@ class Allocations:
 
 
 def _followed(profiled: Any) -> tuple[int, int]:
-    """Bytes at the peak of a profile, and at its end, beside what was there at its beginning."""
+    """Count bytes at the peak of a profile, and at its end, beside what was there at its beginning."""
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == MEMORY_EVENT_NAME]
     sizes = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     course = [0, *sizes]
@@ -83,7 +83,7 @@ def _followed(profiled: Any) -> tuple[int, int]:
 
 
 class Counting:
-    """A step that counts, call by call: its ops on a CPU, and what it allocates.
+    """Counts a step call by call: its ops on a CPU, and what it allocates.
 
     Attributes:
         counts: ops of each call; on a GPU none.
@@ -104,7 +104,7 @@ class Counting:
 
 
 def launches(work: Callable[[], None], device: str) -> int:
-    """What is launched: ops on a CPU, kernels on a GPU (copies and fills by the driver are not counted)."""
+    """Count what is launched: ops on a CPU, kernels on a GPU (copies and fills by the driver are not counted)."""
     if torch.device(device).type != "cuda":
         with Ops() as ops:
             work()
@@ -119,5 +119,5 @@ def launches(work: Callable[[], None], device: str) -> int:
 
 
 def weights_of(model: nn.Module) -> int:
-    """Bytes that a model's weights take, frozen and trained."""
+    """Count the bytes that a model's weights take, frozen and trained."""
     return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -15,7 +15,7 @@ STEPS = 3
 
 
 def digest(model: nn.Module) -> dict[str, Any]:
-    """Two digests of the same steps, taken one after the other, and whether they are identical in every bit.
+    """Take two digests of the same steps, one after the other, and tell whether they are identical in every bit.
 
     Args:
         model: with adapters; two twins of it take the steps.

@@ -22,11 +22,11 @@ _IDS = range(3, 1000)
 
 
 def floor_batches(device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The task batch ``[10, 128]`` and the pairs ``[16, 225]``, padded on the right to the longest."""
+    """Make the task batch ``[10, 128]`` and the pairs ``[16, 225]``, padded on the right to the longest."""
     rng = torch.Generator().manual_seed(0)
 
     def drawn(length: int, first: int) -> Tensor:
-        """Ids whose first is their own."""
+        """Draw ids whose first is their own."""
         ids = torch.randint(_IDS.start, _IDS.stop, (length,), generator=rng)
         ids[0] = _IDS.start + first
         return ids
@@ -44,7 +44,7 @@ def floor_batches(device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def _padded(sequences: Sequence[Tensor], unscored: Sequence[int]) -> dict[str, Tensor]:
-    """Sequences as a batch; of each, the first ``unscored`` tokens have no label."""
+    """Pad sequences to a batch; of each, the first ``unscored`` tokens have no label."""
     shape, fills = (len(sequences), max(map(len, sequences))), {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
     batch = {key: torch.full(shape, fill) for key, fill in fills.items()}
     for i, (ids, start) in enumerate(zip(sequences, unscored, strict=True)):

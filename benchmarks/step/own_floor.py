@@ -18,7 +18,7 @@ from benchmarks.step.run import Run
 
 
 def shape_of(model: Any) -> Shape:
-    """That of a model with adapters, in the dtype that its frozen weights are stored in."""
+    """Read the shape of a model with adapters, in the dtype that its frozen weights are stored in."""
     adapter = next(iter(model.peft_config.values()))
     frozen = next(p for p in model.parameters() if not p.requires_grad)
     targets = tuple(sorted(adapter.target_modules))
@@ -26,7 +26,7 @@ def shape_of(model: Any) -> Shape:
 
 
 def contender_floor(contender: Contender, run: Run, given: Given, model: nn.Module, device: Device) -> Floor:
-    """The floor of a contender's mean step.
+    """Compute the floor of a contender's mean step.
 
     Args:
         model: with its adapters; only its shape is read.

@@ -35,7 +35,7 @@ def trl(model: nn.Module, given: Given) -> Iterator[Run]:
 
 
 def _sft_trainer(model: nn.Module, given: Given, folder: str) -> Any:
-    """One that is given token ids, so that its tokenizer need not know more than padding."""
+    """Make a trainer that is given token ids, so that its tokenizer need not know more than padding."""
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -86,7 +86,7 @@ def liger(model: nn.Module, given: Given) -> Iterator[Run]:
 
 
 class Patched:
-    """What a patch of one model changes for all models of its kind: names in their module of transformers.
+    """Holds what a patch of one model changes for all of its kind: names in their module of transformers.
 
     They are put back at once, and changed only while the patched model runs, so that the others run what they did.
     """
@@ -116,7 +116,7 @@ class Patched:
 
 @contextmanager
 def _naming(package: str) -> Iterator[None]:
-    """What fails in setting up another's package is a reason to go on without it."""
+    """Turn what fails in setting up another's package into a reason to go on without it."""
     try:
         yield
     except Exception as error:

@@ -68,11 +68,11 @@ class Rounds:
                 yield i + 1
 
     def median(self, name: str) -> float:
-        """Seconds of a contender's mean step."""
+        """Return the seconds of a contender's mean step."""
         return statistics.median(self.seconds[name])
 
     def ratio(self, name: str, to: str) -> float | None:
-        """How many times another's median a contender's is; None if the other takes no part."""
+        """Return how many times another's median a contender's is; None if the other takes no part."""
         return self.median(name) / self.median(to) if to in self.seconds else None
 
 
@@ -83,7 +83,7 @@ def run_period(run: Run, period: int) -> None:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """A confidence interval of the median, whatever the distribution; None of fewer values than it takes, which is six.
+    """Compute a confidence interval of the median, whatever the distribution; None of fewer than six values.
 
     The median lies between the k-th smallest and the k-th largest of n values unless fewer than k lie on one side of
     it, which happens as seldom as fewer than k heads of n coins. k is the largest that leaves ``CONFIDENCE``.

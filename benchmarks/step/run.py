@@ -10,7 +10,7 @@ from benchmarks.step.batches import Batch
 
 @dataclass(frozen=True)
 class Run:
-    """A contender at work on a batch.
+    """Holds a contender at work on a batch.
 
     Attributes:
         step: leaves the task's gradient in ``.grad``, replacing what it held; returns the loss, 0-dim.
@@ -41,6 +41,6 @@ class Run:
 
 
 def padded_lengths(batch: Batch) -> list[int]:
-    """Of each row, all tokens, padding included."""
+    """Count all tokens of each row, padding included."""
     count, length = batch["input_ids"].shape
     return [length] * count

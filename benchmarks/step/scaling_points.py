@@ -42,7 +42,7 @@ class Ranges:
     def replaced(
         self, tokens: Sequence[int] | None, lengths: Sequence[int] | None, probes: Sequence[int] | None
     ) -> "Ranges":
-        """With other sizes, where they are given.
+        """Return ranges with other sizes, where they are given.
 
         Raises:
             ValueError: a size that makes no whole sequences.
@@ -72,7 +72,7 @@ FULL = Ranges(
 
 @dataclass(frozen=True)
 class Point:
-    """``tokens`` of the task batch in sequences of ``length``; ``probes``: how many layers have one."""
+    """Holds ``tokens`` of the task batch in sequences of ``length``; ``probes``: how many layers have one."""
 
     tokens: int
     length: int
@@ -81,7 +81,7 @@ class Point:
 
 
 def points(axis: str, ranges: Ranges, depth: int) -> list[Point]:
-    """The points of an axis, for a model of ``depth`` layers; on the other axes a third of them are probed."""
+    """List an axis's points, for a model of ``depth`` layers; on the other axes a third of them are probed."""
     usual = max(1, depth // 3)
     at = Point(ranges.few_tokens, ranges.at_length, usual, TARGETS[0])
     if axis == "tokens":
@@ -94,13 +94,13 @@ def points(axis: str, ranges: Ranges, depth: int) -> list[Point]:
 
 
 def spread(count: int, depth: int) -> tuple[int, ...]:
-    """So many layers of ``depth``, each in the middle of an equal part; all, if there are not that many."""
+    """Choose so many layers of ``depth``, each in the middle of an equal part; all, if there are not that many."""
     count = min(count, depth)
     return tuple((2 * i + 1) * depth // (2 * count) for i in range(count))
 
 
 def contenders(probes: int) -> dict[str, Contender]:
-    """Plain fine-tuning, our own, and the lagged step with so many probes."""
+    """List plain fine-tuning, our own, and the lagged step with so many probes."""
     config = SAPConfig(schedule="lagged", probe_layers=lambda depth: spread(probes, depth))
     return {name: CONTENDERS[name] for name in ("plain-sft", "own-sft")} | {
         "lagged": Contender(sap(config), "lagged", {"schedule": "lagged"})
@@ -108,7 +108,7 @@ def contenders(probes: int) -> dict[str, Contender]:
 
 
 def random_rows(vocab: int, sequences: int, length: int, pairs: int, pair_length: int, device: str) -> Given:
-    """Full rows of random tokens, the second half of each scored; a pair's sides share their first half."""
+    """Draw full rows of random tokens, the second half of each scored; a pair's sides share their first half."""
     generator = torch.Generator().manual_seed(0)
     batches = []
     for rows, width in ((sequences, length), (2 * pairs, pair_length)):

@@ -43,7 +43,7 @@ TOLD = (2, 7, 15, 22)
 
 @dataclass(frozen=True)
 class Entrant:
-    """A contender that takes part.
+    """Describes a contender that takes part.
 
     Attributes:
         ops: of a step, on a CPU.
@@ -86,7 +86,7 @@ class Suite:
         self._deadline: float | None = None
 
     def measure(self, model: nn.Module, dtype: str, given: Given) -> list[Row]:
-        """The rows of one dtype and kind, of the contenders that can be run and are right.
+        """Make the rows of one dtype and kind, of the contenders that can be run and are right.
 
         Args:
             model: stored in the dtype.
@@ -126,7 +126,7 @@ class Suite:
         return found
 
     def _row(self, name: str, entrant: Entrant, where: Row, given: Given, rounds: Rounds) -> Row:
-        """What is known of a contender so far; its launches are counted last."""
+        """Make a row of what is known of a contender so far; its launches are counted last."""
         seconds, median, ceiling = rounds.seconds[name], rounds.median(name), rounds.ceiling
         assert ceiling is not None
         return (
@@ -142,7 +142,7 @@ class Suite:
         )
 
     def _open(self, stack: ExitStack, model: nn.Module, dtype: str, given: Given) -> dict[str, Entrant]:
-        """Every contender that can be run and is right."""
+        """Open every contender that can be run and is right."""
         exact = Exact(model if self.checked_layers is None else models.cut(model, self.checked_layers))
         runs = {}
         now = time.perf_counter()
@@ -165,7 +165,7 @@ class Suite:
         return runs
 
     def _opened(self, stack: ExitStack, model: nn.Module, exact: Exact, name: str, given: Given) -> Entrant:
-        """A contender at work on a twin of the model, found right, at the beginning of a period."""
+        """Put a contender to work on a twin of the model, found right, at the beginning of a period."""
         contender = CONTENDERS[name]
         if self.checked_layers is not None:
             shallow = models.cut(model, self.checked_layers)
@@ -215,7 +215,7 @@ class Suite:
             torch.cuda.empty_cache()
 
     def _launches(self, name: str, entrant: Entrant) -> float:
-        """Of a step; in a further period where they are not known."""
+        """Count the launches of a step; in a further period where they are not known."""
         if entrant.ops is not None:
             return round(entrant.ops, 1)
         period = CONTENDERS[name].period
@@ -223,12 +223,12 @@ class Suite:
 
 
 def _has_copies(name: str) -> bool:
-    """Whether a contender holds a copy of the weights: two of those of 7B parameters leave no room on 80 GB."""
+    """Tell whether a contender holds a copy of the weights: two of 7B parameters leave no room on 80 GB."""
     return bool(CONTENDERS[name].options.get("float8"))
 
 
 def against_floor(name: str, entrant: Entrant, given: Given, seconds: float, reached: Device) -> Row:
-    """A contender's time beside the least that it could take on what the device reached in the same run."""
+    """Compare a contender's time with the least that it could take on what the device reached in the same run."""
     floor = contender_floor(CONTENDERS[name], entrant.run, given, entrant.model, reached)
     rate = floor.flops / seconds
     return {"tflop": floor.flops / 1e12, "tflops_per_s": rate / 1e12, "share_of_ceiling": rate / reached.peak} | {
@@ -238,7 +238,7 @@ def against_floor(name: str, entrant: Entrant, given: Given, seconds: float, rea
 
 
 def _sizes(name: str, batch: Batch, computed: list[int], rows: int | None) -> Row:
-    """The batch as it is given, the length of each sequence that is computed on, and the rows of all."""
+    """Return the batch as given, the length of each sequence that is computed on, and the rows of all."""
     shape = list(batch["input_ids"].shape)
     counts = {"tokens": sum(lengths(batch)), "scored": scored(batch), "rows": sum(computed) if rows is None else rows}
     return {f"{name}_{key}": value for key, value in {"shape": shape, **counts, "lengths": computed}.items()}

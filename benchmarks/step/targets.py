@@ -25,7 +25,7 @@ LEAST_ROUNDS = 7
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one contender's number, or on its ratio to another's.
+    """Describes a bound on one contender's number, or on its ratio to another's.
 
     Attributes:
         contender, over: whose number; over whose, if over another's.
@@ -44,7 +44,7 @@ class Target:
     kind: str = "real"
 
     def value(self, rows: Mapping[str, Row]) -> float | None:
-        """What the rows say, by contender; None where they lack one, or its number."""
+        """Read the number from the rows, by contender; None where they lack one, or its number."""
         if ratios := self._ratios(rows):
             return statistics.median(ratios)
         mine, other = self._numbers(rows, self.column)
@@ -53,16 +53,16 @@ class Target:
         return other / mine if self.faster else mine / other
 
     def interval(self, rows: Mapping[str, Row]) -> tuple[float, float] | None:
-        """Of a ratio of times, what its median lies in; None of others, and of too few rounds."""
+        """Return what the median of a ratio of times lies in; None of others, and of too few rounds."""
         return interval(self._ratios(rows))
 
     def rounds(self, rows: Mapping[str, Row]) -> int:
-        """Of the contender with the fewest; 0 if one is missing."""
+        """Count the rounds of the contender with the fewest; 0 if one is missing."""
         found = [rows[name]["rounds"] if name in rows else 0 for name in (self.contender, self.over) if name]
         return min(found)
 
     def _ratios(self, rows: Mapping[str, Row]) -> list[float]:
-        """Of times, the ratio in each round: what slows a whole round down is not in it. Of other columns none."""
+        """Return times' ratios in each round: what slows a whole round down is not in them. Of other columns none."""
         mine, other = self._numbers(rows, "round_ms")
         if self.column != "ms" or self.over is None or mine is None or other is None:
             return []
@@ -121,7 +121,7 @@ BITS = "the same steps taken twice: identical in every bit"
 
 
 def verdicts(rows: Sequence[Row], digests: Sequence[Row], device: str, model: str) -> list[Row]:
-    """A row for each target of the kind of device, and each dtype: ``met``, ``missed`` or ``not measured``.
+    """Make a row for each target of the kind of device, and each dtype: ``met``, ``missed`` or ``not measured``.
 
     Args:
         rows: of one run.
@@ -161,7 +161,7 @@ def _judged(target: Target, rows: Mapping[str, Row]) -> Row:
 
 
 def lines(targets: Iterable[Row]) -> list[str]:
-    """A line for each target."""
+    """Write a line for each target."""
     result = []
     for row in targets:
         verdict = row["verdict"] if row["missed_by"] is None else f"missed by {row['missed_by']:.1%}"

@@ -19,7 +19,7 @@ _MODULES = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 
 
 def _load() -> tuple[bool, str]:
-    """Whether a module is loaded, and its name or what is missing."""
+    """Load a module if there is one; return whether it is loaded, and its name or what is missing."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in _MODULES:
         return False, f"no kernels for this processor, whose capability is {capability}"

@@ -38,12 +38,12 @@ _SEQUENCES = 8
 
 
 def bucket(count: int, sizes: tuple[int, ...]) -> int:
-    """The least of ``sizes`` that holds ``count``; beyond them, the least multiple of the last."""
+    """Return the least of ``sizes`` that holds ``count``; beyond them, the least multiple of the last."""
     return next((size for size in sizes if size >= count), _multiple(count, sizes[-1]))
 
 
 def padded(rows: Rows, *, pairs: bool = False) -> Rows:
-    """The same batch on static shapes.
+    """Pad a packed batch to static shapes.
 
     Args:
         rows: packed, on the host, and not padded yet.

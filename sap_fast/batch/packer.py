@@ -26,23 +26,23 @@ class Packer:
     shares_pairs: bool
 
     def fetched(self, batches: Sequence[Any]) -> list[Any]:
-        """Batches on the host: all that lies on the device is waited for at once, not batch after batch."""
+        """Fetch batches to the host: all that lies on the device is waited for at once, not batch after batch."""
         return fetched(batches, self.device)
 
     def read(self, batch: Mapping[str, Tensor], name: str = "batch") -> HostBatch:
-        """A task batch, checked, on the host."""
+        """Check a task batch, on the host."""
         return read(batch, **self._limits, name=name)
 
     def read_pairs(self, pairs: Mapping[str, Tensor]) -> HostBatch:
-        """Pairs, checked, on the host."""
+        """Check pairs, on the host."""
         return read_pairs(pairs, **self._limits)
 
     def task(self, batch: HostBatch) -> Rows:
-        """A task batch as it is computed on, still on the host."""
+        """Pack a checked task batch as it is computed on, still on the host."""
         return share_prefixes(packed(batch)) if self.shares_tasks else packed(batch)
 
     def pairs(self, pairs: HostBatch) -> Rows:
-        """Pairs as they are computed on, still on the host."""
+        """Pack checked pairs as they are computed on, still on the host."""
         return share_prefixes(packed(pairs)) if self.shares_pairs else packed(pairs)
 
     @property

@@ -56,7 +56,7 @@ def share_prefixes(rows: Rows) -> Rows:
 
 
 def _nodes(sequences: Sequence[np.ndarray], starts: Sequence[int]) -> np.ndarray:
-    """The node of the prefix tree that each token ends in, sequence after sequence, by any numbers.
+    """Number the node of the prefix tree that each token ends in, sequence after sequence, by any numbers.
 
     Sorted sequences share the most with their neighbours: each goes on where it leaves the one before it.
     """

@@ -43,7 +43,7 @@ class PrefixSharing:
 
 @dataclass(frozen=True)
 class Padding:
-    """What of rows of static shapes is dead (``sap_fast/batch/buckets.py``), on the device.
+    """Holds what is dead in rows of static shapes (``sap_fast/batch/buckets.py``), on the device.
 
     ``tokens [tokens]`` and ``labels [M]`` bool: which of them; ``scored`` 0-dim: how many labels are not.
     """
@@ -89,7 +89,7 @@ class Rows:
 
     @property
     def scored(self) -> Count:
-        """How many tokens are scored; of padded rows 0-dim, on the device."""
+        """The number of scored tokens; of padded rows 0-dim, on the device."""
         return self.labels.shape[0] if self.padding is None else self.padding.scored
 
 
@@ -107,11 +107,11 @@ class HostBatch:
 
     @property
     def scored(self) -> np.ndarray:
-        """Which tokens row t predicts and the loss is over ``[B, T - 1]``; a sequence's first has no predecessor."""
+        """Marks ``[B, T - 1]`` where row t predicts a token that the loss is over; a first token has no predecessor."""
         return (self.labels[:, 1:] != IGNORED) & self.real[:, :-1] & self.real[:, 1:]
 
     def select_sequences(self, sequences: Sequence[int]) -> "HostBatch":
-        """Take some of its sequences, in the order given."""
+        """Take some of the batch's sequences, in the order given."""
         return HostBatch(*(x[list(sequences)] for x in (self.input_ids, self.labels, self.real)))
 
 
@@ -229,7 +229,7 @@ def read_pairs(
 
 
 def packed(batch: HostBatch) -> Rows:
-    """A checked batch as packed rows, still on the host; a subset that was drawn may have no scored token."""
+    """Pack a checked batch, still on the host; a subset that was drawn may have no scored token."""
     real, lengths = batch.real, batch.real.sum(1)
     row = real.ravel().cumsum().reshape(real.shape) - 1
     # labels[:, t + 1] is predicted by row t.

@@ -18,7 +18,7 @@ _ALIGNMENT = 512
 
 
 def fetched(batches: Sequence[Any], device: torch.device) -> list[Any]:
-    """Batches whose integers lie on the host: all that is on ``device`` is read by one copy, the only wait.
+    """Return batches whose integers lie on the host: all that is on ``device`` is read by one copy, the only wait.
 
     Args:
         batches: dicts of tensors. Whatever else is among them is left as it is, for the checks to name.
@@ -47,7 +47,7 @@ def _is_read(x: Any, device: torch.device) -> bool:
 
 
 def sent(x: T, device: torch.device) -> T:
-    """``x`` with its host tensors on a device, sent by one copy that nobody waits for; ``x`` itself for the CPU.
+    """Send the host tensors in ``x`` to a device by one copy that nobody waits for; for the CPU, return ``x`` itself.
 
     The copy starts from pinned memory of torch's own, which it hands out again only once the copy is over, so that
     steps may follow one another without looking.

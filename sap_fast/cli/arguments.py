@@ -59,7 +59,7 @@ def parse(command: str, groups: Sequence[type], argv: Sequence[str], about: str)
 
 
 def _add_denials(parser: Any) -> None:
-    """``--no_x`` for each switch x that is on, off or not given; HfArgumentParser has it for those on by default."""
+    """Add ``--no_x`` for each switch x that is on, off or not given; HfArgumentParser has it for those that are on."""
     for switch in [action for action in parser._actions if action.const is True and action.default is None]:
         names = f"--no_{switch.dest}", f"--no-{switch.dest.replace('_', '-')}"
         switch.container.add_argument(
@@ -68,7 +68,7 @@ def _add_denials(parser: Any) -> None:
 
 
 def _flags(path: Path, known: dict[str, Any]) -> tuple[list[str], set[str]]:
-    """A file's settings as the flags that would say the same, so that they are checked alike; and those set to null."""
+    """Turn a file's settings into the flags that say the same, to be checked alike; and name those set to null."""
     if path.suffix.lower() not in (".yaml", ".yml", ".json"):
         raise CommandError(
             f"{path}: expected flags, or a file of them ending in .yaml, .yml or .json, before the flags"

@@ -18,7 +18,7 @@ from sap_fast.evaluation.measure import Suite, measure
 
 @dataclass(frozen=True)
 class Settings:
-    """What all methods share."""
+    """Holds the settings that all methods share."""
 
     steps: int
     batch: int
@@ -34,7 +34,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Point:
-    """A model on its way: both on held-out data, nats per token."""
+    """Holds the figures of a model on its way: both on held-out data, nats per token."""
 
     step: int
     task_loss: float
@@ -43,7 +43,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """What one method did: its way from the start, its figures at the end, its median seconds per step."""
+    """Holds what one method did: its way from the start, its figures at the end, its median seconds per step."""
 
     way: list[Point]
     figures: dict[str, float]
@@ -52,7 +52,7 @@ class Run:
 
 
 class _Watch(TrainerCallback):
-    """Measures every so many steps on the way, and tells. The end is measured after it, with everything else."""
+    """Measures every so many steps on the way, and tells of it. The end is measured after it, with everything else."""
 
     def __init__(self, model: nn.Module, suite: Suite, every: int, tell: Callable[[Point], None]) -> None:
         self._model, self._suite, self._every, self._tell = model, suite, every, tell
@@ -66,7 +66,7 @@ class _Watch(TrainerCallback):
 
 
 def point(step: int, figures: Mapping[str, float]) -> Point:
-    """A point of the way, from all the figures of a model there."""
+    """Make a point of the way from all the figures of a model there."""
     return Point(step, figures["task_loss"], figures["margin_unseen"])
 
 
@@ -117,7 +117,7 @@ def fine_tune(
 
 
 def at_equal_loss(ways: Mapping[str, Sequence[Point]]) -> tuple[float, dict[str, float]]:
-    """Each method's margin where it first reaches the lowest task loss that all of them reach.
+    """Return each method's margin where it first reaches the lowest task loss that all of them reach.
 
     Between two measured points the margin is taken on the straight line. All ways start at the same point.
 

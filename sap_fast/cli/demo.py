@@ -35,7 +35,7 @@ _METHODS = ("sft", "sap", "project")
 
 @dataclass
 class DemoArguments:
-    """The demonstration's settings; found by benchmarks/demo_search.py."""
+    """Holds the demonstration's settings, which were found by ``benchmarks/demo_search.py``."""
 
     steps: int = field(default=12, metadata={"help": "of each method"})
     batch: int = field(default=4, metadata={"help": "benign tasks a step"})
@@ -67,7 +67,7 @@ class DemoArguments:
             raise CommandError(f"--learning_rate must be positive, but is {self.learning_rate}")
 
     def configs(self) -> dict[str, SAPConfig | None]:
-        """Settings by method; None is plain fine-tuning."""
+        """The settings by method; None is plain fine-tuning."""
         layers: dict[str, Any] = {} if self.probe_layers is None else {"probe_layers": tuple(self.probe_layers)}
         try:
             known = {
@@ -153,7 +153,7 @@ def _check_layers(configs: dict[str, SAPConfig | None], model: Any) -> None:
 
 
 def _start(model: str | None) -> tuple[Path, str]:
-    """The folder to start from, and what to call it."""
+    """Return the folder to start from, and what to call it."""
     from sap_fast.data.alignment import aligned_smollm2
 
     if model is not None:
@@ -201,7 +201,7 @@ def _line(name: str, figures: dict[str, Any]) -> str:
 
 
 def _verdict(ways: dict[str, list[Point]]) -> str:
-    """What the figures say of SAP, whichever way they point."""
+    """Say what the figures tell of SAP, whichever way they point."""
     if "sap" not in ways or len(ways) < 2:
         return "There is nothing to compare sap with."
     loss, margins = at_equal_loss(ways)

@@ -2,4 +2,4 @@
 
 
 class CommandError(Exception):
-    """The message says what was expected, what came and what to do."""
+    """Raised for what a command cannot do; the message says what was expected, what came and what to do."""

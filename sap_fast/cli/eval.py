@@ -34,7 +34,7 @@ _SHARES = ("prefers_refusal", "look_alikes_answered", "refusal_rate", "look_alik
 
 @dataclass
 class EvalArguments:
-    """What is measured, on what."""
+    """Holds what is measured, and on what."""
 
     models: list[str] = field(metadata={"help": "folders of models or adapters, or names on the Hugging Face hub"})
     base: str | None = field(default=None, metadata={"help": "of the adapters, if not the folder they name"})
@@ -53,7 +53,7 @@ class EvalArguments:
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model to measure, with what it is measured on."""
+    """Holds a model to measure, with what it is measured on."""
 
     name: str
     tokenizer: Any
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _subject(spec: str, args: EvalArguments) -> _Subject:
-    """Everything of a model but its weights, checked.
+    """Read and check everything of a model but its weights.
 
     Raises:
         CommandError, DataError: what is wrong with it.
@@ -125,7 +125,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def table(rows: dict[str, dict[str, Any]], more: dict[str, str] | None = None) -> str:
-    """Figures by name as a plain table, one line a model; a figure that a model lacks is a dash."""
+    """Write figures by name as a plain table, one line a model; a figure that a model lacks is a dash."""
     heads = {**HEADS, **(more or {})}
     keys = [key for key in heads if any(key in row for row in rows.values())]
     cells = [["", *(heads[key] for key in keys)]]
@@ -149,7 +149,7 @@ def _cell(key: str, value: float | None) -> str:
 
 
 def _write_answers(folder: Path, results: dict[str, Measured]) -> None:
-    """Every greedy answer as text, under its prompt: a file for each model, by its place in the table."""
+    """Write every greedy answer as text, under its prompt: a file for each model, by its place in the table."""
     for number, (name, found) in enumerate(results.items(), 1):
         lines = [f"Greedy answers of {name}", ""]
         for part, answers in found.answers.items():

@@ -8,7 +8,7 @@ from sap_fast.atomic import write_with
 
 
 def draw(path: Path, ways: Mapping[str, Sequence[Any]], title: str) -> None:
-    """Margin against task loss, a line a method, steps written at its points.
+    """Draw margin against task loss, a line a method, with the steps written at its points.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

@@ -11,7 +11,7 @@ _HEADS = ("operation", "on cpu", "on cuda")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what is here."""
+    """Print the versions, the devices and the backends that are here."""
     argparse.ArgumentParser(prog="sap-fast info", description=__doc__).parse_args(argv)
     versions = environment(torch.device("cpu"))
     skip = ("device", "threads")

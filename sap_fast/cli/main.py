@@ -1,4 +1,4 @@
-"""``sap-fast train | eval | profile | demo | info``."""
+"""The command line: ``sap-fast train | eval | profile | demo | info``."""
 
 import sys
 from collections.abc import Callable, Sequence

@@ -19,7 +19,7 @@ PRESETS: dict[str, Callable[..., SAPConfig]] = {
 
 @dataclass
 class _Method:
-    """A preset, and by the names of SAPConfig's fields what is to differ from it; None for what is not."""
+    """Holds a preset, and by the names of SAPConfig's fields what is to differ from it; None for what is not."""
 
     _argument_group_name = "Safety-Aware Probing; a setting that is not given is the preset's"  # a heading in --help
 
@@ -29,7 +29,7 @@ class _Method:
     )
 
     def config(self) -> SAPConfig:
-        """The settings.
+        """Make the settings: the preset with what differs from it.
 
         Raises:
             CommandError: one is out of its range.
@@ -44,7 +44,7 @@ class _Method:
 
 
 def _flag(setting: Field[Any], hint: Any) -> tuple[str, Any, Any]:
-    """A setting as a flag that need not be given."""
+    """Make a flag of a setting that need not be given."""
     default = setting.default
     shown = f"the function {default.__name__}" if callable(default) else default
     metadata: dict[str, Any] = {"help": f"{setting.metadata['help']} (default: {shown})"}
@@ -59,7 +59,7 @@ def _flag(setting: Field[Any], hint: Any) -> tuple[str, Any, Any]:
 
 
 def _switch(text: str) -> bool | str:
-    """True or False in any of HfArgumentParser's spellings; another word as it is, which the choices then judge."""
+    """Return True or False for any of HfArgumentParser's spellings; another word as it is, for the choices to judge."""
     try:
         return string_to_bool(text)
     except ArgumentTypeError:

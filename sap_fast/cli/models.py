@@ -19,7 +19,7 @@ _ADAPTER, _CONFIG = "adapter_config.json", "config.json"
 
 
 def load_tokenizer(model: str, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a model's folder (for an adapter without one, in that of its base), or of a hub name.
+    """Load the tokenizer from a model's folder (for an adapter without one, its base's), or by a hub name.
 
     Raises:
         CommandError: no such folder, or no tokenizer in it.
@@ -37,7 +37,7 @@ def load_tokenizer(model: str, *, chat_template: str | None = None, trust_remote
 def load_model(
     model: str, *, dtype: str = "auto", device: torch.device | str = "cpu", trust_remote_code: bool = False
 ) -> nn.Module:
-    """A causal language model from its folder or hub name, in evaluation mode.
+    """Load a causal language model from its folder or by its hub name, in evaluation mode.
 
     Args:
         dtype: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 where the weights are stored in 16 bits.
@@ -70,7 +70,7 @@ def load_model(
 
 
 def load_with_adapter(spec: str, base: str | None, **options: Any) -> nn.Module:
-    """A model, or an adapter's folder upon its base: ``base`` if given, else the one that the adapter names.
+    """Load a model, or an adapter's folder upon its base: ``base`` if given, else the one that the adapter names.
 
     Raises:
         CommandError: as :func:`load_model`; an adapter whose base is not in a folder here and was not given.
@@ -96,7 +96,7 @@ def load_with_adapter(spec: str, base: str | None, **options: Any) -> nn.Module:
 
 
 def base_of(spec: str, base: str | None) -> str:
-    """The base of an adapter's folder."""
+    """Return the base of an adapter's folder."""
     if base is not None:
         return base
     try:
@@ -109,12 +109,12 @@ def base_of(spec: str, base: str | None) -> str:
 
 
 def is_adapter(spec: str) -> bool:
-    """Whether ``spec`` is the folder of a PEFT adapter."""
+    """Tell whether ``spec`` is the folder of a PEFT adapter."""
     return (Path(spec) / _ADAPTER).is_file()
 
 
 def is_folder(model: str) -> bool:
-    """Whether ``model`` is a folder; False for what can only be a name on the hub.
+    """Tell whether ``model`` is a folder; False for what can only be a name on the hub.
 
     Raises:
         CommandError: it was meant as a path, and there is none; a file.
@@ -146,7 +146,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' bars for loading, and what its and PEFT's releases say of each other."""
+    """Silence transformers' bars for loading, and what its and PEFT's releases say of each other."""
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()

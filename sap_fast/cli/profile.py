@@ -25,7 +25,7 @@ from sap_fast.profiling.files import why_taken
 
 @dataclass
 class ProfileArguments:
-    """What is profiled, on what."""
+    """Holds what is profiled, and on what."""
 
     model: str = field(metadata={"help": "folder of a chat model, or its name on the Hugging Face hub"})
     data: str = field(metadata={"help": "task data: .jsonl, .json, .csv, .parquet, or a hub dataset's name"})

@@ -31,7 +31,7 @@ from sap_fast.hf import SAPTrainer
 
 @dataclass
 class RunArguments:
-    """What is trained, on what."""
+    """Holds what is trained, and on what."""
 
     model: str = field(metadata={"help": "folder of a chat model, or its name on the Hugging Face hub"})
     data: str = field(metadata={"help": "task data: .jsonl, .json, .csv, .parquet, or a hub dataset's name"})
@@ -57,7 +57,7 @@ class RunArguments:
 
 @dataclass
 class SAPTrainingArguments(TrainingArguments):
-    """transformers' TrainingArguments with defaults for a run that is watched."""
+    """Holds transformers' TrainingArguments, with defaults for a run that is watched."""
 
     output_dir: str | None = field(default="runs/train", metadata={"help": "the output folder"})
     logging_steps: float = field(default=1, metadata={"help": "log every so many steps"})
@@ -72,7 +72,7 @@ class SAPTrainingArguments(TrainingArguments):
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of each optimizer step."""
+    """Takes the seconds of each optimizer step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -93,7 +93,7 @@ class Stopwatch(TrainerCallback):
 
 @dataclass(frozen=True)
 class Data:
-    """Encoded rows; ``pairs`` None for plain fine-tuning."""
+    """Holds encoded rows; ``pairs`` is None for plain fine-tuning."""
 
     tasks: Encoded
     pairs: Encoded | None
@@ -101,7 +101,7 @@ class Data:
     eval_pairs: Encoded | None = None
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """How many rows there are, and how many were cut or dropped."""
+        """Count how many rows there are, and how many were cut or dropped."""
         parts = {name: part for name, part in vars(self).items() if part is not None}
         return {name: {"rows": len(x), "cut": x.cut, "dropped": x.dropped} for name, x in parts.items()}
 
@@ -185,14 +185,14 @@ def _train(trainer: Trainer, run: RunArguments, config: SAPConfig, data: Data, f
 
 
 def _kept(folder: Path, old: Path | None) -> str:
-    """What a run that did not finish leaves behind."""
+    """Say what a run that did not finish leaves behind."""
     last = last_checkpoint(folder / "checkpoints")
     kept = f"the last checkpoint, a plain PEFT adapter, is {last}" if last else "no checkpoint was written yet"
     return kept + (f"; the earlier run's checkpoints are in {old}" if old else "")
 
 
 def read_data(run: RunArguments, tokenizer: Any) -> Data:
-    """Everything a run reads, checked and tokenized.
+    """Read everything that a run needs, checked and tokenized.
 
     Raises:
         DataError: naming the file and its line.
@@ -206,7 +206,7 @@ def read_data(run: RunArguments, tokenizer: Any) -> Data:
 
 
 def add_adapter(base: nn.Module, run: Any, seed: int) -> nn.Module:
-    """Fresh LoRA adapters, the same for the same seed.
+    """Add fresh LoRA adapters, the same for the same seed.
 
     Raises:
         CommandError: target modules that the model does not have.
@@ -234,7 +234,7 @@ def make_trainer(
     safety_batch_size: int,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
-    """The trainer of a run; plain fine-tuning, by transformers' own, where ``sap`` is None.
+    """Make the trainer of a run; transformers' own, for plain fine-tuning, where ``sap`` is None.
 
     Raises:
         CommandError: arguments that cannot be honoured.
@@ -263,7 +263,7 @@ def _rows(encoded: Encoded | None) -> list[dict[str, list[int]]] | None:
 
 
 def figures(model: nn.Module, data: Data) -> dict[str, float]:
-    """The safety margin and the task loss, on the evaluation parts where there are some."""
+    """Measure the safety margin and the task loss, on the evaluation parts where there are some."""
     found: dict[str, float] = {}
     pairs = data.eval_pairs or data.pairs
     if pairs is not None:
@@ -274,7 +274,7 @@ def figures(model: nn.Module, data: Data) -> dict[str, float]:
 
 
 def write_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
-    """The adapter and its tokenizer, whole or not at all."""
+    """Write the adapter and its tokenizer, whole or not at all."""
 
     def write(scratch: Path) -> None:
         model.save_pretrained(scratch)
@@ -284,13 +284,13 @@ def write_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def describe(config: SAPConfig, model: Any) -> dict[str, Any]:
-    """The method's settings, with the probed layers by number."""
+    """Describe the method's settings, with the probed layers by number."""
     settings = {name: value for name, value in asdict(config).items() if name != "probe_layers"}
     layers = list(config.layers_of(model.config.num_hidden_layers)) if config.uses_probe else []
     return {**settings, "probe_layers": layers}
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: its trainer_state.json is written last."""
+    """Find the newest checkpoint that was written to its end: its trainer_state.json is written last."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if path.stat().st_size]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -25,7 +25,7 @@ class Collator:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Collator":
-        """A collator for a tokenizer, which need not have a padding token: what is written there is never read."""
+        """Make a collator for a tokenizer, which need not have a padding token: what is written there is never read."""
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
         return cls(next((i for i in ids if i is not None), 0))
 
@@ -53,7 +53,7 @@ class Collator:
 
 
 def collate(tokenizer: Any, examples: Sequence[Example], max_length: int | None = None) -> dict[str, Tensor]:
-    """A task batch of examples (or of rows in any format), each ``[B, T]`` int64.
+    """Make a task batch of examples (or of rows in any format), each ``[B, T]`` int64.
 
     Raises:
         DataError: an answer that does not fit into ``max_length``.
@@ -62,7 +62,7 @@ def collate(tokenizer: Any, examples: Sequence[Example], max_length: int | None 
 
 
 def collate_pairs(tokenizer: Any, pairs: Sequence[Pair], max_length: int | None = None) -> dict[str, Tensor]:
-    """Pairs (or rows in any format) as one batch ``[2P, T]``: all chosen rows first, then all rejected."""
+    """Make one batch ``[2P, T]`` of pairs (or rows in any format): all chosen rows first, then all rejected."""
     return _all(tokenizer, encode_pairs(tokenizer, _rows(pairs), max_length), max_length)
 
 

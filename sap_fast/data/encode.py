@@ -1,4 +1,4 @@
-"""From exchanges to token ids and labels: the chat template, the prompt masked, long rows cut and counted."""
+"""Turns exchanges into token ids and labels: the chat template, the prompt masked, long rows cut and counted."""
 
 import warnings
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from sap_fast.errors import DataError
 
 
 class Tokens(NamedTuple):
-    """One row: token ids, and labels of equal length, unshifted, -100 where nothing is scored."""
+    """Holds one row: token ids, and labels of equal length, unshifted, -100 where nothing is scored."""
 
     input_ids: list[int]
     labels: list[int]
 
     @property
     def scored(self) -> int:
-        """Scored tokens; the first of a row has no predecessor and never counts."""
+        """The number of scored tokens; the first of a row has no predecessor and never counts."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
 class Encoded(Sequence):
-    """Rows ready to collate: :class:`Tokens`, or (chosen, rejected) of them.
+    """Holds rows ready to collate: :class:`Tokens`, or (chosen, rejected) of them.
 
     ``cut``: rows that were longer than ``max_length`` and lost their end; ``dropped``: those of them that
     lost the whole answer, or on one side of a pair, and are not here.
@@ -70,7 +70,7 @@ def encode_tasks(tokenizer: Any, source: Any, max_length: int | None = None, *, 
 def encode_pairs(
     tokenizer: Any, source: Any, max_length: int | None = None, *, name: str = "the safety pairs"
 ) -> Encoded:
-    """Read, check and tokenize safety pairs; rows are ``(chosen, rejected)``. As :func:`encode_tasks`."""
+    """Read, check and tokenize safety pairs, as :func:`encode_tasks` does tasks; rows are ``(chosen, rejected)``."""
     table = _table(source, name)
     sides = [
         tuple(_tokens(tokenizer, place, side) for side in pair)
@@ -108,7 +108,7 @@ def set_chat_template(tokenizer: Any, file: str | Path) -> None:
 
 
 def encode(tokenizer: Any, exchange: Exchange) -> Tokens:
-    """Token ids and labels of one exchange: only what is learned is scored, end-of-turn marks included.
+    """Make the token ids and labels of one exchange: only what is learned is scored, end-of-turn marks included.
 
     Raises:
         DataError: no chat template; a template that fails, or writes an answered prompt differently from an open one.
@@ -127,7 +127,7 @@ def encode(tokenizer: Any, exchange: Exchange) -> Tokens:
 
 
 def _render(tokenizer: Any, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation's text, and where in it the learned messages are written."""
+    """Write the conversation as text, and tell where in it the learned messages are."""
     messages = conversation.messages
     text = _apply(tokenizer, messages)
     spans = []
@@ -211,7 +211,7 @@ def _tokens(tokenizer: Any, place: str, exchange: Exchange) -> Tokens:
 
 
 def _tokenized(place: str, row: SourceRow) -> Tokens:
-    """A row of token ids as it is, but for what its mask hides."""
+    """Take a row of token ids as it is, but for what its mask hides."""
     if row.get("labels") is None:
         raise DataError(f"{place}: input_ids but no labels; add labels, {IGNORED} where nothing is scored")
     columns = [list(row[key]) for key in ("input_ids", "labels")]
@@ -230,7 +230,7 @@ def _table(source: Any, name: str) -> Table:
 
 
 def _cut(rows: Sequence[tuple[Tokens, ...]], max_length: int | None) -> tuple[list[tuple[Tokens, ...]], int]:
-    """Rows cut at ``max_length``, but for those with a side that lost its answer; and how many were cut."""
+    """Cut rows at ``max_length``, drop those with a side that lost its answer, and count how many were cut."""
     if max_length is not None and max_length < 2:
         raise DataError(f"max_length must be at least 2 (a token to predict, and one before it), but is {max_length}")
     cut = sum(any(len(side.input_ids) > (max_length or len(side.input_ids)) for side in row) for row in rows)

@@ -37,17 +37,17 @@ class LookAlike(NamedTuple):
 
 
 def benign_examples(split: Split = "train") -> list[Example]:
-    """The embedded benign instructions and answers."""
+    """Read the embedded benign instructions and answers."""
     return [Example(row["prompt"], row["completion"]) for row in _rows("benign.jsonl") if row["split"] == split]
 
 
 def safety_pairs(split: Split = "train") -> list[Pair]:
-    """The embedded safety pairs, by category."""
+    """Read the embedded safety pairs, by category."""
     return [Pair(*(row[f] for f in Pair._fields)) for row in _rows("pairs.jsonl") if row["split"] == split]
 
 
 def look_alikes() -> list[LookAlike]:
-    """The embedded safe requests that look unsafe; for measurement only, no part of any training."""
+    """Read the embedded safe requests that look unsafe; for measurement only, no part of any training."""
     return [LookAlike(**row) for row in _rows("lookalikes.jsonl")]
 
 

@@ -19,7 +19,7 @@ _READS = "a .jsonl, .json, .csv or .parquet file, or the name of a dataset on th
 
 @dataclass(frozen=True)
 class Table(Sequence[SourceRow]):
-    """Rows, and what each is called in an error (``tasks.jsonl, line 3``)."""
+    """Holds rows, and what each is called in an error (``tasks.jsonl, line 3``)."""
 
     name: str
     rows: Sequence[SourceRow]
@@ -32,7 +32,7 @@ class Table(Sequence[SourceRow]):
         return self.rows[index]
 
     def items(self) -> Iterator[tuple[str, SourceRow]]:
-        """Each row with its place."""
+        """Return each row with its place."""
         return zip(self.places, self.rows, strict=True)
 
 
@@ -90,7 +90,7 @@ def _read(source: str | Path, split: str) -> Table:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether ``name`` can only be meant for the Hugging Face hub: owner/name, and no folder here is the owner."""
+    """Tell whether ``name`` can only be meant for the Hugging Face hub: owner/name, and no folder here is the owner."""
     path = Path(name)
     return len(path.parts) == 2 and not path.is_absolute() and name[0] not in "~." and not path.parent.is_dir()
 
@@ -168,7 +168,7 @@ _READERS: dict[str, Callable[[Path], Iterable[tuple[str, SourceRow]]]] = {
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The numbered lines of a UTF-8 text, without the mark that some editors put at its beginning."""
+    """Number the lines of a UTF-8 text, without the mark that some editors put at its beginning."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:

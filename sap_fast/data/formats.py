@@ -49,7 +49,7 @@ Exchange = Conversation | Text
 
 
 def read_task(place: str, row: SourceRow) -> Exchange:
-    """A task row as an exchange.
+    """Read a task row as an exchange.
 
     Raises:
         DataError: missing or mixed columns, fields of the wrong kind, nothing to learn; ``place`` begins it.
@@ -75,7 +75,7 @@ def read_task(place: str, row: SourceRow) -> Exchange:
 
 
 def read_pairs(table: Table) -> list[tuple[Exchange, Exchange]]:
-    """Pairs as (chosen, rejected) exchanges.
+    """Read pairs as (chosen, rejected) exchanges.
 
     Raises:
         DataError: as :func:`read_task`; chosen and rejected that are equal, or have nothing in common to answer.
@@ -127,7 +127,7 @@ def _messages_in_common(place: str, chosen: Any, rejected: Any) -> tuple[Exchang
 
 
 def _answered(place: str, prompt: Any, answer: Any, side: str) -> Conversation:
-    """A prompt and its answer, each a text or a list of messages."""
+    """Read a prompt and its answer, each a text or a list of messages."""
     said = (
         ({"role": "user", "content": _text(place, prompt, "prompt")},)
         if isinstance(prompt, str)

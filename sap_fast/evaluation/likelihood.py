@@ -17,7 +17,7 @@ _TOKENS = 1024
 
 
 def margins(model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]]) -> Tensor:
-    """``log p(chosen) - log p(rejected)`` of each pair, means over scored tokens: ``[P]``, nats per token."""
+    """Compute ``log p(chosen) - log p(rejected)`` of each pair, means over scored tokens: ``[P]``, nats per token."""
     chosen, rejected = zip(*pairs, strict=True)
     total, scored = _log_likelihoods(model, [*chosen, *rejected])
     a, b = (total / scored).chunk(2)
@@ -25,14 +25,14 @@ def margins(model: nn.Module, pairs: Sequence[tuple[Tokens, Tokens]]) -> Tensor:
 
 
 def task_loss(model: nn.Module, rows: Sequence[Tokens]) -> float:
-    """Mean negative log-likelihood over all scored tokens of all rows (nats per token)."""
+    """Compute the mean negative log-likelihood over all scored tokens of all rows (nats per token)."""
     total, scored = _log_likelihoods(model, rows)
     return float(-total.sum() / scored.sum())
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's mode is put back."""
+    """Set evaluation mode, without gradients, within a block; every module's mode is put back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -44,7 +44,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _log_likelihoods(model: nn.Module, rows: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
-    """Sum of log-probabilities, and count, of each row's scored tokens: ``[rows]`` float64 on the CPU."""
+    """Sum up the log-probabilities of each row's scored tokens, and count them: ``[rows]`` float64 on the CPU."""
     device = next(model.parameters()).device
     collate = Collator(0)
     total, scored = torch.zeros(2, len(rows), dtype=torch.float64)
@@ -68,7 +68,7 @@ def _log_likelihoods(model: nn.Module, rows: Sequence[Tokens]) -> tuple[Tensor, 
 
 
 def _batches(rows: Sequence[Tokens]) -> Iterator[list[int]]:
-    """Indices of rows of similar length, at most ``_TOKENS`` tokens together with their padding."""
+    """Group the indices of rows of similar length, at most ``_TOKENS`` tokens together with their padding."""
     batch: list[int] = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids)):
         if batch and (len(batch) + 1) * len(rows[i].input_ids) > _TOKENS:

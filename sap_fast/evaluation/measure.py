@@ -1,4 +1,4 @@
-"""One model, every figure: what ``sap-fast eval`` and the demonstration print."""
+"""Measures every figure of one model: what ``sap-fast eval`` and the demonstration print."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from sap_fast.evaluation.refusals import is_refusal
 
 @dataclass(frozen=True)
 class Suite:
-    """What a model is measured on. Pairs of ``look_alikes`` are (answer, refusal), of the others (refusal, opening).
+    """Holds what a model is measured on. ``look_alikes`` pairs are (answer, refusal), others (refusal, opening).
 
     ``trained``: pairs in the wordings that training knows; ``unseen``: others. ``prompts``: the requests of ``unseen``
     and of ``look_alikes``, to be answered.
@@ -32,25 +32,25 @@ class Suite:
 
     @property
     def cut(self) -> int:
-        """Rows that were cut at the greatest length, of all parts."""
+        """Count the rows that were cut at the greatest length, of all parts."""
         return sum(part.cut for part in (self.unseen, self.trained, self.look_alikes, self.tasks))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model's figures by name, and its answers by the set they belong to."""
+    """Holds a model's figures by name, and its answers by the set they belong to."""
 
     figures: dict[str, float]
     answers: dict[str, list[dict[str, Any]]]
 
 
 def embedded_suite(tokenizer: Any, max_length: int = 256) -> Suite:
-    """The embedded pairs of both halves, the look-alikes, and the held-out benign tasks."""
+    """Encode the embedded pairs of both halves, the look-alikes, and the held-out benign tasks."""
     return suite_from(tokenizer, None, None, None, max_length)
 
 
 def suite_from(tokenizer: Any, pairs: str | None, alike: str | None, tasks: str | None, max_length: int) -> Suite:
-    """A suite from files, and the embedded parts where there is none.
+    """Make a suite from files, and from the embedded parts where there is none.
 
     Pairs of one's own have no wordings that training is known to know, so ``trained`` is then empty.
 
@@ -114,7 +114,7 @@ def _prompts(table: Table) -> list[Conversation]:
 
 
 def _as_pair(place: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A look-alike as a pair whose chosen side is the answer."""
+    """Turn a look-alike into a pair whose chosen side is the answer."""
     if missing := [key for key in ("prompt", "completion", "refusal") if row.get(key) is None]:
         raise DataError(f"{place}: {missing} missing; expected prompt, completion and refusal, found {sorted(row)}")
     return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["refusal"]}

@@ -1,4 +1,4 @@
-"""Whether an answer refuses, by how its sentences begin.
+"""Tells whether an answer refuses, by how its sentences begin.
 
 Keywords anywhere in an answer mislead ("illegal" and "as an" occur in helpful ones), so a phrase counts only at the
 beginning of one of the first sentences, or of a clause in them that draws a conclusion (", so I can't help").
@@ -42,7 +42,7 @@ _REFUSES = re.compile(
 
 
 def is_refusal(answer: str) -> bool:
-    """Whether one of the answer's first sentences, or a conclusion in it, begins like a refusal."""
+    """Tell whether one of the answer's first sentences, or a conclusion in it, begins like a refusal."""
     plain = answer.replace("\u2019", "'").strip()
     sentences = [s.strip(" \"'*-") for s in _BREAK.split(plain) if s.strip()]
     return any(_REFUSES.search(sentence) for sentence in sentences[:_SENTENCES])

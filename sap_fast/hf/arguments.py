@@ -1,4 +1,4 @@
-"""Which of a trainer's arguments the step can honour. The others are refused by name, before any work is done."""
+"""Tells which of a trainer's arguments the step can honour; the others are refused by name, before any work is done."""
 
 from typing import Any
 

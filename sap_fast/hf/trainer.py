@@ -119,7 +119,7 @@ class SAPTrainer(Trainer):
         self.add_callback(_Forget(self._micros))
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, **more: Any) -> Any:
-        """Train, with the model attached meanwhile. As ``Trainer.train``.
+        """Train as ``Trainer.train`` does, with the model attached meanwhile.
 
         Raises:
             ValueError: ``resume_from_checkpoint`` or ``trial``, which are not supported.
@@ -183,7 +183,7 @@ class SAPTrainer(Trainer):
         return report.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what the steps since the last log measured."""
+        """Log what the Trainer logs, and what the steps since the last log measured."""
         if "loss" in logs and self._reports:
             logs = {**logs, **_means([report.to_dict() for report in self._reports])}
             self._reports.clear()
@@ -191,7 +191,7 @@ class SAPTrainer(Trainer):
 
 
 def shuffled_rounds(rows: Sequence[Any], size: int, seed: int) -> Iterator[list[Any]]:
-    """Batches of ``size`` rows without end: every row once in a round, each round in a new order."""
+    """Yield batches of ``size`` rows without end: every row once in a round, each round in a new order."""
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     while True:
@@ -252,12 +252,12 @@ class _Reader:
 
 
 def _as_dicts(data: Encoded) -> list[dict[str, list[int]]]:
-    """Encoded rows as the Trainer knows rows, by name."""
+    """Turn encoded rows into rows as the Trainer knows them, by name."""
     return [row._asdict() for row in data]
 
 
 def _means(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over the steps that measured a thing."""
+    """Take means over the steps that measured a thing."""
     rows = [r | {"probe_norm": _norm(r["probe_norm"].values())} for r in reports]
     means = {}
     for name in (*_LOGGED, "probe_norm"):

@@ -41,13 +41,13 @@ class Direction:
 
     @classmethod
     def of(cls, sums: SafetySums) -> "Direction":
-        """Normalise the gradient of all pairs."""
+        """Normalise the gradient of all pairs, and keep what was seen on the way to it."""
         norm = sums.theta.norm()
         return cls(sums.theta / norm, norm, sums.loss, sums.margin, sums.saturated, sums.tokens)
 
 
 class SafetyLoss(NamedTuple):
-    """The pairs' share of the safety loss, and of each pair its weight in the gradient and its margin ``[P]``."""
+    """Holds the pairs' share of the safety loss, and of each pair its weight in the gradient and its margin ``[P]``."""
 
     loss: Tensor
     weight: Tensor

@@ -17,7 +17,7 @@ from sap_fast.tensors import LEFT_ALONE
 
 @dataclass(frozen=True, eq=False)
 class Flat(Mapping[str, Tensor]):
-    """Tensors by name, which lie one after another in ``vector [n]`` in the order of ``layout``.
+    """Holds tensors by name, which lie one after another in ``vector [n]`` in the order of ``layout``.
 
     A tensor looked up by name is a view. Nothing writes to ``vector``: every operation gives a new one. Two take
     part in one operation only if they hold the same names and shapes in the same order.
@@ -72,17 +72,17 @@ class Flat(Mapping[str, Tensor]):
         return Flat(self.vector / scalar, self.layout)
 
     def dot(self, other: "Flat") -> Tensor:
-        """The inner product, 0-dim."""
+        """Compute the inner product with another, 0-dim."""
         return (self.vector * self._matching(other)).sum()
 
     def norm(self) -> Tensor:
-        """The Euclidean norm, 0-dim."""
+        """Compute the Euclidean norm, 0-dim."""
         # linalg.vector_norm adds up one number after another on the CPU, and in float32 is wrong by 4e-4 at 10^7 of
         # them; sum adds in pairs.
         return self.vector.square().sum().sqrt()
 
     def copies(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of their own memory, each in the dtype and layout in memory of its namesake in ``like``."""
+        """Copy the tensors into memory of their own, each in the dtype and layout of its namesake in ``like``."""
         fresh = {name: torch.empty_like(like[name]) for name in self}
         torch._foreach_copy_(list(fresh.values()), list(self.values()))
         return fresh

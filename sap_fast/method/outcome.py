@@ -1,4 +1,4 @@
-"""What a step is computed from, what comes of it, what of that is told, and what of it refuses the step.
+"""Holds what a step is computed from, what comes of it, what of that is told, and what of it refuses the step.
 
 All of it is immutable: a step that is refused has changed nothing.
 """
@@ -26,7 +26,7 @@ from sap_fast.report import StepReport
 
 @dataclass(frozen=True)
 class State:
-    """What one step hands to the next.
+    """Holds what one step hands to the next.
 
     Attributes:
         probe: that which a lagged step uses next, with AdamW's moments.
@@ -41,7 +41,7 @@ class State:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """All that a step is computed from, beside the model. Rows are on the host until they are sent.
+    """Holds all that a step is computed from, beside the model. Rows are on the host until they are sent.
 
     Attributes:
         micros: the task batch.
@@ -93,7 +93,7 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A step's results, before any of them is written.
+    """Holds a step's results, before any of them is written.
 
     Attributes:
         loss: L(theta, V), the mean over all scored tokens, 0-dim.
@@ -122,14 +122,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Deferred:
-    """A step's vitals, to be looked at in the next one, and the state to go back to if they are refused."""
+    """Holds a step's vitals, to be looked at in the next one, and the state to go back to if they are refused."""
 
     vitals: Tensor
     state: State
 
 
 class Vitals(NamedTuple):
-    """The numbers that may refuse a step.
+    """Holds the numbers that may refuse a step.
 
     Attributes:
         loss: of the task batch.
@@ -156,7 +156,7 @@ class Vitals(NamedTuple):
 
     @classmethod
     def read(cls, packed: Tensor) -> "Vitals":
-        """Wait for the device, and read them."""
+        """Wait for the device, and read a step's numbers."""
         return cls(*packed.tolist())
 
     def check(self, consequence: str) -> None:

@@ -39,7 +39,7 @@ Found = TypeVar("Found", covariant=True)
 
 @dataclass(frozen=True)
 class Micro:
-    """One packed micro-batch and the seed of its dropout masks, which all passes of a step share.
+    """Holds one packed micro-batch and the seed of its dropout masks, which all passes of a step share.
 
     Attributes:
         rows: of its sequences.
@@ -118,7 +118,7 @@ def _lockstep(decoder: Decoder, objectives: Sequence[Objective[Found]]) -> list[
 
 
 class _OverTask(Objective[Gradients]):
-    """What the objectives over a task batch have in common: their share of the mean loss and of its slope.
+    """Holds what the objectives over a task batch have in common: their share of the mean loss and of its slope.
 
     Args:
         decoder: of the model.
@@ -131,7 +131,7 @@ class _OverTask(Objective[Gradients]):
 
 
 class _OfLoss(_OverTask):
-    """An ordinary pass, which differentiates the loss."""
+    """Describes an ordinary pass, which differentiates the loss."""
 
     def scalar(self, nll: Tensor, nll_dot: Tensor | None) -> Tensor:
         self._loss = nll.sum() / self._scored
@@ -139,7 +139,7 @@ class _OfLoss(_OverTask):
 
 
 class _OfSlope(_OverTask):
-    """A dual pass, which differentiates the slope of the loss along u."""
+    """Describes a dual pass, which differentiates the slope of the loss along u."""
 
     def scalar(self, nll: Tensor, nll_dot: Tensor | None) -> Tensor:
         assert nll_dot is not None  # it carries tangents
@@ -154,7 +154,7 @@ class _OfSlope(_OverTask):
 
 
 class Ordinary(_OfLoss):
-    """grad_theta L(theta, V) by an ordinary pass. Yields ``loss``, ``theta``, and with a probe ``rms``.
+    """Finds grad_theta L(theta, V) by an ordinary pass. Yields ``loss``, ``theta``, and with a probe ``rms``.
 
     Args:
         decoder, micro, scored: see above.
@@ -191,7 +191,7 @@ class Ordinary(_OfLoss):
 
 
 class Dual(_OfSlope):
-    """The inner and the outer problem at the same probe, by one dual pass. Yields all there is.
+    """Solves the inner and the outer problem at the same probe, by one dual pass. Yields all there is.
 
     What depends on the tangents (``loss_dot``, ``probe_dot``, ``probe``) carries the micro-batch's weight, and is an
     unbiased estimate where its sequences are a random draw.
@@ -216,7 +216,7 @@ class Dual(_OfSlope):
 
 
 class Safety(Objective[SafetySums]):
-    """The gradient of the safety loss, by a pass without dropout: the direction is a property of the weights.
+    """Finds the safety loss's gradient by a pass without dropout: the direction is a property of the weights.
 
     Args:
         decoder: of the model.
@@ -244,7 +244,7 @@ class Safety(Objective[SafetySums]):
 
 @dataclass(frozen=True)
 class Cut:
-    """A dual pass cut beneath the lowest probe: the stream there, its tangents still attached to what lies beneath."""
+    """Holds a dual pass cut beneath the lowest probe: the stream, its tangents still attached to what lies beneath."""
 
     micro: Micro
     directions: dict[str, Tensor]
@@ -254,7 +254,7 @@ class Cut:
 
 
 class Inner(_OfSlope):
-    """grad_V L_dot alone, by a dual pass whose backward ends at the lowest probe. Yields all but ``theta``.
+    """Finds grad_V L_dot alone, by a dual pass whose backward ends at the lowest probe. Yields all but ``theta``.
 
     Args:
         decoder, micro, scored, probe, u: as for :class:`Dual`.
@@ -285,7 +285,7 @@ class Inner(_OfSlope):
 
 
 class Outer(_OfLoss):
-    """grad_theta L(theta, V) by an ordinary pass that restarts from a cut. Yields ``loss`` and ``theta``.
+    """Finds grad_theta L(theta, V) by an ordinary pass that restarts from a cut. Yields ``loss`` and ``theta``.
 
     What lies beneath the lowest probe does not depend on V. Its backward is the half backward of the dual pass: the
     cotangent of the tangent half is the ordinary gradient, so dL/dstream is handed to the kept graph as that of the
@@ -315,7 +315,7 @@ class Outer(_OfLoss):
 def finite_difference(
     decoder: Decoder, micro: Micro, scored: Count, probe: Probe, ahead: Mapping[str, Tensor], radius: Tensor
 ) -> Gradients:
-    """What :class:`Dual` yields, with the derivative along u as a forward difference of two ordinary passes.
+    """Compute what :class:`Dual` yields by a forward difference along u of two ordinary passes.
 
     For comparison: it costs as much, and its rounding error is that of a gradient divided by ``radius``.
 
@@ -332,18 +332,18 @@ def finite_difference(
 
 
 def scored_tokens(micros: Sequence[Micro]) -> Count:
-    """The number of scored tokens in all micro-batches, which their mean loss is over."""
+    """Add up the numbers of scored tokens in all micro-batches, which their mean loss is over."""
     return sum(micro.rows.scored for micro in micros)
 
 
 def split_sides(split: Split) -> tuple[list[Micro], list[Micro]]:
-    """The micro-batches of sequences with tangents, and those of the others."""
+    """Return the micro-batches of sequences with tangents, and those of the others."""
     chosen, others = ([part for part in side if part is not None] for side in zip(*split, strict=True))
     return chosen, others
 
 
 def _rms(traversal: Traversal, probe: Probe) -> Tensor:
-    """``[P, tokens]``: a row that sequences share counts for each of them; that of a dead token is infinite."""
+    """Compute ``[P, tokens]``: a row that sequences share counts for each of them; that of a dead token is infinite."""
     rms, rows = torch.stack([traversal.rms[j] for j in probe.layers]), traversal.rows
     rms = rms if rows.shared is None else rms.index_select(1, rows.shared.spread.rows)
     return rms if rows.padding is None else rms.masked_fill(rows.padding.tokens, torch.inf)

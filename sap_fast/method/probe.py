@@ -17,7 +17,7 @@ _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8
 
 @dataclass(frozen=True)
 class Probe:
-    """The probe in use, and AdamW's moments, all layers in one tensor.
+    """Holds the probe in use, and AdamW's moments, all layers in one tensor.
 
     Immutable: :meth:`climbed` gives the next one, so that a refused step leaves this one as it was.
 
@@ -40,32 +40,32 @@ class Probe:
 
     @classmethod
     def of(cls, vectors: Mapping[int, Tensor]) -> "Probe":
-        """The probe of these vectors ``[d]`` by layer, before AdamW's first step."""
+        """Make the probe of these vectors ``[d]`` by layer, before AdamW's first step."""
         stack = torch.stack(list(vectors.values()))
         zero = torch.zeros_like(stack)
         return cls(tuple(vectors), stack, zero, zero)
 
     def by_layer(self, rows: Tensor) -> dict[int, Tensor]:
-        """The rows of a tensor ``[P, ...]`` by layer: views."""
+        """Return the rows of a tensor ``[P, ...]`` by layer: views."""
         return dict(zip(self.layers, rows.unbind(), strict=True))
 
     def dual_leaves(self) -> dict[int, Tensor]:
-        """Leaves ``[2, d]`` by layer for a dual pass; their tangents are 0: a probe does not move with the weights."""
+        """Make leaves ``[2, d]`` by layer for a dual pass. Their tangents are 0: a probe stays where weights move."""
         return self._by_layer(torch.stack((self.vectors, torch.zeros_like(self.vectors)), 1), requires_grad=True)
 
     def leaves(self, *, requires_grad: bool = False) -> dict[int, Tensor]:
-        """Leaves ``[1, d]`` by layer for an ordinary pass."""
+        """Make leaves ``[1, d]`` by layer for an ordinary pass."""
         return self._by_layer(self.vectors[:, None], requires_grad)
 
     def _by_layer(self, stacks: Tensor, requires_grad: bool) -> dict[int, Tensor]:
         return {j: x.detach().requires_grad_(requires_grad) for j, x in self.by_layer(stacks).items()}
 
     def at_zero(self) -> "Probe":
-        """This probe with its vectors zero, where a climb starts."""
+        """Return this probe with its vectors zero, where a climb starts."""
         return replace(self, vectors=torch.zeros_like(self.vectors))
 
     def climbed(self, gradient: Tensor, rms: Tensor, alpha: Tensor | None, config: SAPConfig) -> "Probe":
-        """The probe found from zero by one climb on ``L_su = alpha L_dot``.
+        """Find a probe from zero by one climb on ``L_su = alpha L_dot``.
 
         Args:
             gradient: ``grad_V L_dot``, ``[P, d]``.
@@ -82,7 +82,7 @@ class Probe:
         return self._adamw(-alpha * gradient, scale, config)
 
     def _adamw(self, descent: Tensor, scale: Tensor | float, config: SAPConfig) -> "Probe":
-        """One AdamW step from zero, minimising ``-L_su``. Weight decay of a zero vector is none."""
+        """Take one AdamW step from zero, minimising ``-L_su``. Weight decay of a zero vector is none."""
         t = self.steps + 1
         first = _BETA1 * self.first_moment + (1 - _BETA1) * descent
         second = _BETA2 * self.second_moment + (1 - _BETA2) * descent.square()
@@ -92,7 +92,7 @@ class Probe:
 
 
 def _median(rms: Tensor, *, padded: bool) -> Tensor:
-    """The median over tokens ``[P, 1]``: the first token of a sequence can carry an activation 100 times as large.
+    """Take the median over tokens ``[P, 1]``: a sequence's first token can carry an activation 100 times as large.
 
     Args:
         padded: whether there may be dead tokens, which are infinite, among them.
@@ -106,7 +106,7 @@ def _median(rms: Tensor, *, padded: bool) -> Tensor:
 
 
 def _normalised(gradient: Tensor, scale: Tensor | float, config: SAPConfig) -> Tensor:
-    """Steepest ascent over all layers together on a sphere.
+    """Climb by the steepest ascent over all layers together on a sphere.
 
     Absolute: ``V = strength * G / |G|``. Relative: the sphere is ``sum_j |v_j|^2 / (d scale_j^2) = strength^2``,
     so that ``w_j = v_j / (sqrt(d) scale_j)``, whose gradient is ``sqrt(d) scale_j G_j``, has norm ``strength``.

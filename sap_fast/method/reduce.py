@@ -24,11 +24,11 @@ class Ranks:
     """
 
     def count(self, n: Count) -> Count:
-        """A number of tokens or pairs, added over all processes."""
+        """Add a number of tokens or pairs over all processes."""
         return n
 
     def add(self, x: Tensor) -> Tensor:
-        """The sum over all processes of tensors of one shape."""
+        """Sum up tensors of one shape over all processes."""
         return x
 
     def gather(self, x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ ALONE = Ranks()
 
 @dataclass(frozen=True)
 class Gradients:
-    """What passes over the task batch yield; a tensor is empty where a pass does not compute it.
+    """Holds what passes over the task batch yield; a tensor is empty where a pass does not compute it.
 
     Attributes:
         loss: the share of the mean loss, 0-dim.
@@ -101,7 +101,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class SafetySums:
-    """What a pass over pairs yields, before the direction is normalised.
+    """Holds what a pass over pairs yields, before the direction is normalised.
 
     Attributes:
         theta: the gradient of the safety loss by name.
@@ -117,7 +117,7 @@ class SafetySums:
     tokens: int
 
     def over(self, ranks: Ranks) -> "SafetySums":
-        """Add over all processes."""
+        """Add the sums over all processes."""
         theta = Flat(ranks.add(self.theta.vector), self.theta.layout)
         loss, margin, saturated = (ranks.add(x) for x in (self.loss, self.margin, self.saturated))
         return SafetySums(theta, loss, margin, saturated, self.tokens)

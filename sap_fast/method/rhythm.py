@@ -1,4 +1,4 @@
-"""When a direction and a probe are found anew, where the settings let a step go on with earlier ones."""
+"""Tells when a direction and a probe are found anew, where the settings let a step go on with earlier ones."""
 
 from dataclasses import dataclass, replace
 
@@ -24,11 +24,11 @@ class Rhythm:
         return cls(interval=config.direction_every)
 
     def finds_probe(self, config: SAPConfig) -> bool:
-        """Whether this step finds a probe; always true of a guard without one, which has nothing to wait for."""
+        """Tell whether this step finds a probe; always so of a guard without one, which has nothing to wait for."""
         return not config.uses_probe or self.steps % config.probe_every == 0
 
     def finds_direction(self, config: SAPConfig) -> bool:
-        """Whether this step finds a direction."""
+        """Tell whether this step finds a direction."""
         return self.age is None or (self.finds_probe(config) and self.age + 1 >= self.interval)
 
     def after(self, *, directed: bool) -> "Rhythm":
@@ -37,7 +37,7 @@ class Rhythm:
         return replace(self, steps=self.steps + 1, age=0 if directed else (self.age or 0) + 1)
 
     def adapted(self, cosine: float, config: SAPConfig) -> "Rhythm":
-        """Directions come twice as often after one that has turned too far, else half as often, within the settings.
+        """Find directions twice as often after one that turned too far, else half as often, within the settings.
 
         Args:
             cosine: of the direction just found with the one before it.

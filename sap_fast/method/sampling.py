@@ -15,7 +15,7 @@ from sap_fast.method.passes import Micro, Split
 
 
 def some_pairs(pairs: HostBatch, wanted: int) -> HostBatch:
-    """Some of the pairs; all if no more than ``wanted`` are there."""
+    """Draw some of the pairs; all of them if no more than ``wanted`` are there."""
     count = pairs.sequences // 2
     if wanted >= count:
         return pairs
@@ -30,7 +30,7 @@ def some_tangents(
     packer: Packer,
     draw_seed: Callable[[], Tensor | None],
 ) -> Split | None:
-    """Each micro-batch in two parts: sequences that carry tangents, and the others; None if all would.
+    """Divide each micro-batch into sequences that carry tangents and the others; None if all would.
 
     Args:
         batches, micros: the micro-batches, checked and packed.

@@ -32,7 +32,7 @@ from sap_fast.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class Passed:
-    """What the passes over the task batch come to.
+    """Holds what the passes over the task batch come to.
 
     Attributes:
         gradients: closed over micro-batches and processes.
@@ -49,7 +49,7 @@ class Passed:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The passes of one step. Nothing here waits for the device, or writes to the model.
+    """Runs the passes of one step. Nothing here waits for the device, or writes to the model.
 
     Attributes:
         decoder, config, ranks: of the handle that takes the step.
@@ -162,7 +162,7 @@ class Schedule:
         return self._total(Ordinary(decoder, micro, scored, probe) for micro in micros)
 
     def _total(self, objectives: Iterable[Objective[Gradients]]) -> Gradients:
-        """Solve objectives one after another."""
+        """Solve objectives one after another, and sum up what they find."""
         return total((found for objective in objectives for found in solve(self.decoder, [objective])), self.ranks)
 
     def _difference(self, probe: Probe, u: Flat) -> Gradients:
@@ -184,5 +184,5 @@ class Schedule:
         return probe.climbed(gradients.probe_dot, gradients.rms, alpha, self.config)
 
     def _alpha(self) -> Tensor:
-        """Length of the published perturbation: ``radius * |theta|`` over all trained weights."""
+        """Compute the length of the published perturbation: ``radius * |theta|`` over all trained weights."""
         return self.config.radius * Flat.of(self.decoder.trained).norm()

@@ -1,4 +1,4 @@
-"""Whether a model is attached, its modules do just what their classes say, and still are what they were at ``attach``.
+"""Checks that a model's modules do just what their classes say, and still are what they were at ``attach``.
 
 The dual forward reads weights and runs the library's ops: a hook, a replaced forward or a module exchanged later
 would be silently bypassed. Each is refused by name instead.
@@ -50,7 +50,7 @@ def check_weight(name: str, weight: nn.Parameter) -> None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model's modules and weights at ``attach``, by identity."""
+    """Holds a model's modules and weights at ``attach``, by identity."""
 
     modules: tuple[tuple[str, nn.Module, tuple[int, ...]], ...]
     weights: tuple[tuple[str, nn.Parameter, bool, Any], ...]

@@ -14,7 +14,7 @@ output keep their meaning.
 Beneath the lowest probe the primal half needs no gradient, so the ops there run their half backward.
 
 Several traversals can be run together: a layer's forward is a generator for one of them, which hands out what goes into
-linear maps and is handed back what comes out, and the maps take the rows of all passes at once.
+linear maps and is handed back what comes out, and the maps take the rows of all at once.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -54,7 +54,7 @@ Asked = tuple[Dual, Sequence["Projection"]]
 
 
 class Stream(NamedTuple):
-    """What one layer hands to the next: ``[rows, d]`` each; tangents None in an ordinary pass.
+    """Holds what one layer hands to the next: ``[rows, d]`` each; tangents None in an ordinary pass.
 
     ``update`` is None before the first layer, whose norm reads the embeddings alone.
     """
@@ -67,13 +67,13 @@ class Stream(NamedTuple):
 
 @dataclass(frozen=True)
 class Traversal:
-    """One traversal of the decoder, and what is constant over it.
+    """Describes one traversal of the decoder, and what is constant over it.
 
-    ``theta`` holds the values of all LoRA tensors by name. ``theta_dot`` holds the direction, and makes the pass
+    ``theta`` holds the values of all LoRA tensors by name. ``theta_dot`` holds the direction, and makes the traversal
     a dual; gradients go to it (see :func:`sap_fast.ops.lora_linear`), else to ``theta``. ``probe`` holds
-    ``[S, d]`` stacks by layer. ``seed`` draws the dropout masks; None is a pass without dropout. ``rotary`` holds
+    ``[S, d]`` stacks by layer. ``seed`` draws the dropout masks; None is one without dropout. ``rotary`` holds
     ``(cos, sin)`` of every row by the layers' ``rotary_type``. ``float8`` holds frozen weights in float8 by module,
-    where products of this pass are to be formed in that.
+    where its products are to be formed in that.
     """
 
     rows: Rows
@@ -92,7 +92,7 @@ class Traversal:
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMSNorm module and how to read it: what is added to its weight, and the name of its epsilon."""
+    """Holds an RMSNorm module and how to read it: what is added to its weight, and the name of its epsilon."""
 
     module: Any
     offset: float
@@ -107,7 +107,7 @@ class Norm:
         return float(getattr(self.module, self.eps_name))
 
     def __call__(self, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The norm of a dual over its last dimension."""
+        """Normalise a dual over its last dimension."""
         # The op has one dimension of rows; of heads that are packed, rows and heads flatten without a copy.
         flat, flat_dot = x.flatten(0, -2), None if x_dot is None else x_dot.flatten(0, -2)
         y, y_dot = rms_norm(flat, flat_dot, self.weight, eps=self.eps, offset=self.offset)
@@ -116,7 +116,7 @@ class Norm:
     def of_sum(
         self, stream: "Stream", probe: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
-        """``(h, h_dot, y, y_dot, rstd)``: the sum of the stream and the probe, and its norm."""
+        """Add the stream and the probe, and normalise the sum: ``(h, h_dot, y, y_dot, rstd)``."""
         residual, residual_dot, update, update_dot = stream
         assert update is not None  # a layer has run
         return probe_rms_norm(
@@ -126,7 +126,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear module, with the names of its LoRA tensors where it has an active adapter.
+    """Holds a linear module, with the names of its LoRA tensors where it has an active adapter.
 
     ``lora`` is PEFT's layer around it, if there is one; without an active adapter it computes what its base does.
     """
@@ -162,7 +162,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: its parts, and its forward on a stream."""
+    """Holds one decoder layer: its parts, and its forward on a stream."""
 
     module: nn.Module
     norm_before_attention: Norm
@@ -249,7 +249,7 @@ class Layer:
         return m, m_dot
 
     def _heads(self, x: Any) -> Any:
-        """``[rows, heads * head_dim]`` as ``[rows, heads, head_dim]``; None stays None."""
+        """View ``[rows, heads * head_dim]`` as ``[rows, heads, head_dim]``; None stays None."""
         return None if x is None else x.unflatten(-1, (-1, self.head_dim))
 
     def _mlp(self, y: Tensor, y_dot: Tensor | None) -> Generator[Asked, list[Dual], Dual]:
@@ -261,7 +261,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model's decoder, read by ``read.py``."""
+    """A model's decoder, as ``read.py`` has read it."""
 
     layers: tuple[Layer, ...]
     embedding: nn.Embedding
@@ -286,7 +286,7 @@ class Decoder:
         return self.embedding.weight.shape[1]
 
     def drops_out(self) -> bool:
-        """Whether any adapter's dropout is live."""
+        """Tell whether any adapter's dropout is live."""
         adapted = [p for layer in self.layers for p in layer.projections if p.adapter]
         drops = [p.lora.lora_dropout[p.adapter] for p in adapted]
         return any(isinstance(drop, nn.Dropout) and drop.training and drop.p > 0 for drop in drops)
@@ -302,7 +302,7 @@ class Decoder:
         return Packer(self.vocab_size, embeddings, self.device, shares_tasks, share_prefixes)
 
     def enter(self, part: Literal["direction", "task", "update", "write"]) -> None:
-        """Called where a part of a step begins. Nothing happens here; a profiler's decoder takes the time."""
+        """Note that a part of a step begins. Nothing happens here; a profiler's decoder takes the time."""
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -337,7 +337,7 @@ class Decoder:
             rows: a packed batch.
             seed: int64 scalar that draws the dropout masks; None is a pass without dropout.
             theta: values to use instead of the model's, by name; absent ones are the model's own.
-            theta_dot: the direction by name, which makes the pass a dual; weights it lacks do not move.
+            theta_dot: the direction by name, which makes the traversal a dual; weights it lacks do not move.
             probe: ``[S, d]`` stacks by layer.
         """
         theta = {**self.adapters, **(theta or {})}
@@ -355,7 +355,7 @@ class Decoder:
         return Traversal(rows, theta, theta_dot, probe or {}, seed, tables, None if theta_dot is None else self.float8)
 
     def embed(self, traversal: Traversal) -> Stream:
-        """The stream that enters the first layer. Embeddings are frozen, so their tangent is zero."""
+        """Make the stream that enters the first layer. Embeddings are frozen, so their tangent is zero."""
         with torch.no_grad():
             x = F.embedding(traversal.rows.input_ids, self.embedding.weight)
             if self.embed_scale is not None:
@@ -388,7 +388,7 @@ class Decoder:
         return list(streams)
 
     def score(self, traversal: Traversal, stream: Stream) -> tuple[Tensor, Tensor | None]:
-        """Final norm and head on the rows that predict a scored token: ``(nll, nll_dot) [scored]``; 0 of dead ones."""
+        """Run last norm and head on rows that predict a scored token: ``(nll, nll_dot) [scored]``; 0 of dead ones."""
         last, norm, labelled, padding = len(self.layers) - 1, self.norm, traversal.rows.labelled, traversal.rows.padding
         probed = last in traversal.probe
         # Only scored rows matter from here on; but a probe on the last layer takes its scale from all of them.
@@ -408,7 +408,7 @@ class Decoder:
         return nll.masked_fill(padding.labels, 0), None if nll_dot is None else nll_dot.masked_fill(padding.labels, 0)
 
     def forward(self, traversal: Traversal) -> tuple[Tensor, Tensor | None]:
-        """The whole traversal: ``(nll, nll_dot) [scored]``."""
+        """Run the whole traversal: ``(nll, nll_dot) [scored]``."""
         return self.score(traversal, self.run_layers(traversal, self.embed(traversal), 0, len(self.layers)))
 
 

@@ -11,13 +11,13 @@ from torch import nn
 
 
 def _window_of_attention(config: Any, attention: Any) -> int | None:
-    """transformers' convention: attention modules that know of sliding windows hold their own, or None."""
+    """Read the window by transformers' convention: attention modules that know of one hold their own, or None."""
     return getattr(attention, "sliding_window", None)
 
 
 @dataclass(frozen=True)
 class Family:
-    """How the parts of one transformers model family are called and put together.
+    """Describes how the parts of one transformers model family are called and put together.
 
     A layer is ``norm, attention, (norm), add, norm, gated MLP, (norm), add``; norms in parentheses are optional.
     Fields that name a module or an attribute give its name in transformers' own code.
@@ -68,16 +68,16 @@ class Family:
     """``window(config, attention)``: a layer's sliding window, or None for full attention."""
 
     def class_of(self, part: str) -> str:
-        """The class of the family's ``part`` (``"DecoderLayer"``, ``"MLP"``, ...)."""
+        """Return the class of the family's ``part`` (``"DecoderLayer"``, ``"MLP"``, ...)."""
         return self.classes.get(part, f"{self.prefix}{part}")
 
     def names(self, part: str, module: nn.Module) -> bool:
-        """Whether ``module`` is exactly this family's ``part``."""
+        """Tell whether ``module`` is exactly this family's ``part``."""
         return type_name(module) == f"{self.module}.{self.class_of(part)}"
 
 
 def type_name(module: nn.Module) -> str:
-    """The qualified name of a module's class."""
+    """Return the qualified name of a module's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 

@@ -17,7 +17,7 @@ _ATTACH = 5
 
 
 def float8_weights(decoder: Decoder, *, emulated: bool) -> Mapping[nn.Module, Float8Weight]:
-    """The weight of every linear map of the decoder's layers, by module.
+    """Copy the weight of every linear map of the decoder's layers to float8, by module.
 
     Raises:
         ValueError: the model's device has no float8 products.

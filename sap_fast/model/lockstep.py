@@ -1,4 +1,4 @@
-"""Several computations of one shape, advanced together: where they all ask for something, it is answered at once."""
+"""Advances several computations of one shape together: where they all ask for something, it is answered at once."""
 
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar

@@ -94,7 +94,7 @@ def check_adapters(decoder: Decoder) -> None:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model, or the model itself."""
+    """Return the transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
@@ -193,7 +193,7 @@ def _check_trained(model: nn.Module, decoder: Decoder) -> None:
 
 
 def _check_one_dtype(decoder: Decoder) -> None:
-    """The stacked batch has one dtype, that of the frozen weights; adapters may have another."""
+    """Refuse frozen weights of several dtypes: the stacked batch has one. Adapters may have another."""
     norms = [norm for layer in decoder.layers for norm in layer.norms]
     weights = [decoder.embedding.weight, decoder.head.weight, *(norm.weight for norm in (*norms, decoder.norm))]
     weights += [p.base.weight for layer in decoder.layers for p in layer.projections]

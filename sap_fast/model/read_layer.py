@@ -17,7 +17,7 @@ _STATEFUL_ROPE = ("dynamic", "longrope")
 
 
 def expect(module: nn.Module, family: Family, part: str, name: str) -> Any:
-    """``module``, if it is exactly the family's ``part`` and runs the forward of its class."""
+    """Return ``module``, if it is exactly the family's ``part`` and runs the forward of its class; else refuse it."""
     if not family.names(part, module):
         raise UnsupportedModelError(
             f"{name} is a {type_name(module)}, not a {family.class_of(part)}: it has no dual rule"
@@ -149,7 +149,7 @@ def _check_attention(name: str, attn: Any, config: Any, index: int) -> None:
 
 
 def adapter_of(lora: Any, name: str) -> str | None:
-    """The one active adapter of a PEFT layer that it holds, or None; refuses every other state."""
+    """Return the one active adapter of a PEFT layer that it holds, or None; refuse every other state."""
     if lora.merged:
         raise UnsupportedModelError(f"{name} has merged adapters {lora.merged_adapters}; unmerge them first")
     if lora.disable_adapters:

@@ -1,4 +1,4 @@
-"""What an op is tried on, read by its tests and by its benchmarks alike.
+"""Holds what an op is tried on, read by its tests and by its benchmarks alike.
 
 Every op folder fills one :class:`OpCases` in its ``cases.py``; ``tests/test_ops.py``,
 ``benchmarks/ops/bench_ops.py`` and ``benchmarks.gpu`` find it there, and an op without that file has none of them.
@@ -26,7 +26,7 @@ Dual = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs.
+    """Describes one set of inputs.
 
     Attributes:
         name: tells it from the op's other cases; readable.
@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Products:
-    """How many matrix products of one size each pass must form; recomputed ones do not count.
+    """Counts the matrix products of one size that each pass must form; recomputed ones do not count.
 
     By default those of a linear map: each half has one forward and, its weight being frozen, one
     backward. ``backward`` is that of an ordinary pass and of half mode, which do the same.
@@ -61,7 +61,7 @@ class Products:
 
 
 class Widths(NamedTuple):
-    """The widths of a model."""
+    """Holds the widths of a model."""
 
     hidden: int
     inner: int
@@ -73,7 +73,7 @@ class Widths(NamedTuple):
 
 @dataclass(frozen=True)
 class Size:
-    """A size at which an op is timed on a GPU.
+    """Describes a size at which an op is timed on a GPU.
 
     Attributes:
         model: by its name in ``benchmarks/gpu/subjects.py``.
@@ -104,7 +104,7 @@ STREAMED = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """An op at the widths of a model, as ``benchmarks.gpu`` runs, compiles and times it.
+    """Describes an op at the widths of a model, as ``benchmarks.gpu`` runs, compiles and times it.
 
     Attributes:
         case: of a model's widths, a number of rows and the length of their sequences, which is 0 where :attr:`length`
@@ -128,7 +128,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class OpCases:
-    """An op and what it is tried on.
+    """Holds an op and what it is tried on.
 
     Attributes:
         name: of the op and of its folder.
@@ -170,7 +170,7 @@ class OpCases:
 
 @dataclass(frozen=True)
 class Problem:
-    """Concrete inputs ``[S, ...]``, constants, and cotangents ``[n, ...]``, all by name."""
+    """Holds concrete inputs ``[S, ...]``, constants, and cotangents ``[n, ...]``, all by name."""
 
     inputs: dict[str, Tensor]
     constants: dict[str, Any]
@@ -194,11 +194,11 @@ class Problem:
         return self.map(lambda name, x: x.to(dtype))
 
     def half(self) -> "Problem":
-        """The dual in half mode: only the cotangent of the tangent half, the ordinary gradient."""
+        """Return the dual in half mode: only the cotangent of the tangent half, the ordinary gradient."""
         return Problem(self.inputs, self.constants, {name: dy[-1:] for name, dy in self.cotangents.items()})
 
     def single(self) -> "Problem":
-        """The ordinary pass, whose gradient the half mode's is."""
+        """Return the ordinary pass, whose gradient the half mode's is."""
         return Problem(
             {name: x[:1] for name, x in self.inputs.items()},
             self.constants,
@@ -207,12 +207,12 @@ class Problem:
 
 
 def normal(rng: torch.Generator, *shape: int) -> Tensor:
-    """Standard normal numbers in float64 on the generator's device."""
+    """Draw standard normal numbers in float64 on the generator's device."""
     return torch.randn(shape, generator=rng, dtype=torch.float64, device=rng.device)
 
 
 def cases_for(*purposes: str) -> list[tuple[OpCases, Case]]:
-    """Every op with each of its cases of these purposes."""
+    """List every op with each of its cases of these purposes."""
     return [(op, case) for op in every_op() for case in op.cases if case.purpose in purposes]
 
 

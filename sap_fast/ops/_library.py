@@ -49,7 +49,7 @@ def _with_autograd(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def architecture(device: torch.device) -> str | None:
-    """Which of the tables of configurations serves a device; None if its kernels were made for none like it.
+    """Name the table of configurations that serves a device; None if its kernels were made for none like it.
 
     ``sm_86`` stands for the chips of compute capability 8.6, 8.9 and 12.x, which have 99 KiB of shared memory a
     block where their bigger sisters have 163 or 227. A CPU runs kernels by Triton's interpreter alone.
@@ -74,7 +74,7 @@ def launcher(name: str) -> Callable[..., Any]:
 
 
 def _triton(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """What serves a raw op on key CUDA. Triton is imported at the first call."""
+    """Make what serves a raw op on key CUDA. Triton is imported at the first call."""
     found = functools.cache(launcher)
 
     def kernel(*args: Any) -> Any:
@@ -89,18 +89,18 @@ def _triton(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def raw_ops() -> list[str]:
-    """The names of all raw ops, without the library's."""
+    """Return the names of all raw ops, without the library's."""
     names = torch._C._dispatch_get_all_op_names()
     return sorted(name.partition("::")[2] for name in names if name.startswith("sap_fast::"))
 
 
 def reference_rule(name: str) -> Callable[..., Any]:
-    """The rule in PyTorch that serves a raw op where it has no kernel."""
+    """Return the rule in PyTorch that serves a raw op where it has no kernel."""
     return _REFERENCES[name]
 
 
 def flop_formula(name: str) -> Callable[[Mapping[str, Any]], int]:
-    """What counts a raw op's floating-point operations; see :func:`define`."""
+    """Return what counts a raw op's floating-point operations; see :func:`define`."""
     return _FLOPS[name]
 
 
@@ -138,7 +138,7 @@ def _first_tensor(args: Iterable[Any]) -> Tensor:
 
 
 def row_wise(named: Mapping[str, Any]) -> int:
-    """The floating-point operations of an op that only reads and writes rows: none, as it has no matrix products."""
+    """Count the matrix products' operations of an op that only reads and writes rows: none."""
     return 0
 
 
@@ -171,7 +171,7 @@ def define(
 
 
 class Mode(enum.Enum):
-    """What a pass carries: see ``sap_fast/dual.py``."""
+    """Tells what a pass carries: see ``sap_fast/dual.py``."""
 
     SINGLE = "single"  # S = 1, n = 1
     HALF = "half"  # S = 2, n = 1: the primal half is not differentiable
@@ -210,7 +210,7 @@ def split_cotangent(mode: Mode, dx: Tensor) -> tuple[Tensor | None, Tensor | Non
 
 
 def may_overwrite(*saved: Tensor) -> bool:
-    """Whether a backward may write its results into tensors that it saved, which nobody can see afterwards.
+    """Tell whether a backward may write its results into tensors that it saved, which nobody can see afterwards.
 
     That is so where the graph is not kept and their memory has no other owner. Two count here: the tensor saved and
     unpacked, which must have been detached from what the forward was given, and the handle by which this looks.
@@ -224,7 +224,7 @@ def may_overwrite(*saved: Tensor) -> bool:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 input, else float32: what statistics, sums and probabilities are computed in."""
+    """Return float64 for float64 input, else float32: what statistics, sums and probabilities are computed in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""How far off an op's results may be: the bounds of its contract, of the tests of its kernels and of the smoke.
+"""Bounds how far off an op's results may be, for its contract, the tests of its kernels and the smoke.
 
 What is right is derived in float64. An error is the largest difference of two elements; a yardstick's is that of the
 op's formula in PyTorch in the same dtype. Which of the bounds is an op's own business its ``cases.py`` says.
@@ -36,7 +36,7 @@ ROUGH = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 def allowed(yardstick: float, largest: float, dtype: torch.dtype, times: float = TIMES) -> float:
-    """What an error may be.
+    """Return how large an error may be.
 
     Args:
         yardstick: the error of the same formula.

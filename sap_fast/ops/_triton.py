@@ -1,4 +1,4 @@
-"""What the Triton launchers share. Only ``kernels.py`` files import it, so importing the library imports no Triton.
+"""Holds what the Triton launchers share. Only ``kernels.py`` files import it, so importing sap_fast imports no Triton.
 
 Every kernel is written in one grammar: ``i_`` an index, ``o_`` offsets, ``m_`` a mask, ``p_`` pointers, ``b_`` the
 value of a block, with its shape in a comment above. A tensor's argument has the tensor's name, and its strides
@@ -21,7 +21,7 @@ _MOST_PROGRAMS = 65535
 
 
 class Config(NamedTuple):
-    """How a kernel is launched: its block sizes by name, warps, and depth of software pipelining."""
+    """Tells how a kernel is launched: its block sizes by name, warps, and depth of software pipelining."""
 
     blocks: Mapping[str, int]
     num_warps: int
@@ -29,7 +29,7 @@ class Config(NamedTuple):
 
 
 def config(num_warps: int, num_stages: int = 2, **blocks: int) -> Config:
-    """One entry of an op's table of configurations."""
+    """Make one entry of an op's table of configurations."""
     return Config(blocks, num_warps, num_stages)
 
 
@@ -64,20 +64,20 @@ def launch(kernel: Any, grid: tuple[int, ...], chosen: Config, *args: Any, **con
 
 
 def power_of_2(n: int, least: int = 1, most: int = 1 << 30) -> int:
-    """The smallest power of two that is not less than n, within bounds."""
+    """Find the smallest power of two that is not less than n, within bounds."""
     return min(max(triton.next_power_of_2(n), least), most)
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """``x`` itself, or a copy of it where its last dimension is not contiguous."""
+    """Return ``x`` itself, or a copy of it where its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def stack_strides(x: Tensor) -> tuple[int, int]:
-    """``(half, row)``: the distances, in elements, that a kernel needs of a stack ``[S, rows, d]``."""
+    """Return ``(half, row)``: the distances, in elements, that a kernel needs of a stack ``[S, rows, d]``."""
     return x.stride(0), x.stride(1)
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """A fresh contiguous tensor on the device of ``like``."""
+    """Make a fresh contiguous tensor on the device of ``like``."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)

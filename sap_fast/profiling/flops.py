@@ -11,7 +11,7 @@ from sap_fast.ops._library import flop_formula
 
 
 def matrix_flops(op: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
-    """FLOPs of one call.
+    """Count the FLOPs of one call.
 
     Args:
         op: an ``OpOverload``, as a dispatch mode is given it.

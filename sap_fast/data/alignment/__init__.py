@@ -16,7 +16,7 @@ _WEIGHTS = "adapter_model.safetensors"
 
 
 def aligned_smollm2(cache: Path | None = None) -> Path:
-    """The folder of the aligned model; made, from the converted one and the adapter, if it is not there yet.
+    """Return the folder of the aligned model; make it, from the converted one and the adapter, if it is not there yet.
 
     Its name ends in the beginning of the adapter's SHA-256, so that another adapter is another model.
 

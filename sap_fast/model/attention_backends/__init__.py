@@ -1,4 +1,4 @@
-"""Attention in ordinary passes, which have no tangent, by what is fastest where the library runs.
+"""Serves attention in ordinary passes, which have no tangent, by what is fastest where the library runs.
 
 ``choice.py`` has the order of preference and the rules; ``machine.py`` looks at what is there.
 """
@@ -15,7 +15,7 @@ __all__ = ["Attention", "Choice", "Heads", "choose", "load", "machine_of", "with
 
 
 def with_attention(decoder: Decoder, wanted: Backend | Literal["auto"]) -> Decoder:
-    """``decoder``, its ordinary passes served by a backend.
+    """Return ``decoder`` with its ordinary passes served by a backend.
 
     Args:
         wanted: ``SAPConfig.attention``.

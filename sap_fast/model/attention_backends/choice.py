@@ -1,4 +1,4 @@
-"""Which backend serves the attention of ordinary passes: an order for each kind of device, and what rules one out.
+"""Chooses the backend for attention in ordinary passes: an order for each kind of device, and what rules one out.
 
 Duals have no choice: no other backend knows tangents. Windows and grouped heads rule nothing out: every backend has
 them. A backend is ruled out where its backward sums in an order that changes from run to run, since a step promises
@@ -37,7 +37,7 @@ _SWITCH = "torch.use_deterministic_algorithms(True)"
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device has.
+    """Describes what a device has.
 
     Attributes:
         device: torch's name of its kind, such as ``"cuda"``.
@@ -56,7 +56,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Heads:
-    """What queries, keys and values are like."""
+    """Describes what queries, keys and values are like."""
 
     dtype: torch.dtype
     head_dim: int
@@ -67,7 +67,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that serves, why it does, and why each of the others does not."""
+    """Holds the backend that serves, why it does, and why each of the others does not."""
 
     backend: Backend
     because: str
@@ -75,7 +75,7 @@ class Choice:
 
 
 def obstacle(backend: Backend, machine: Machine, heads: Heads) -> str | None:
-    """What rules a backend out, and what to do about it; None if nothing does."""
+    """Say what rules a backend out, and what to do about it; None if nothing does."""
     if backend == "own":
         return None
     if backend == "sdpa":
@@ -99,7 +99,7 @@ def obstacle(backend: Backend, machine: Machine, heads: Heads) -> str | None:
 
 
 def choose(wanted: Backend | Literal["auto"], machine: Machine, heads: Heads) -> Choice:
-    """The backend wanted, or with ``"auto"`` the first in the device's order that nothing rules out.
+    """Choose the backend wanted, or with ``"auto"`` the first in the device's order that nothing rules out.
 
     Raises:
         ValueError: the backend wanted cannot serve here; the message says what is missing and what to do.
@@ -129,7 +129,7 @@ def choose(wanted: Backend | Literal["auto"], machine: Machine, heads: Heads) ->
 
 
 def _left_aside(backend: Backend, machine: Machine, heads: Heads) -> str | None:
-    """Why ``"auto"`` does not take a backend that could serve."""
+    """Say why ``"auto"`` does not take a backend that could serve."""
     if backend == "own":
         return None if machine.own_kernel else "the library has no kernel for this device, only reference rules"
     if heads.dtype not in _NARROW:

@@ -1,11 +1,11 @@
-"""Whether PyTorch's own attention kernels give the same bits from run to run."""
+"""Tells whether PyTorch's own attention kernels give the same bits from run to run."""
 
 import torch
 from torch import Tensor
 
 
 def deterministic() -> bool:
-    """Whether their backwards sum in a fixed order on CUDA: with ``warn_only`` they only say that they do not."""
+    """Tell whether PyTorch's backwards sum in a fixed order on CUDA: with ``warn_only`` they just say they do not."""
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 

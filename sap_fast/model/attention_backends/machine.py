@@ -1,4 +1,4 @@
-"""What a device has for attention: looked at, imported and tried, without ever raising."""
+"""Finds what a device has for attention: looked at, imported and tried, without ever raising."""
 
 import functools
 from dataclasses import replace
@@ -21,7 +21,7 @@ _LENGTHS: tuple[_Lengths, ...] = (((5, 1), (5, 1)), ((3, 0, 1), (6, 2, 1)))
 
 
 def machine_of(device: torch.device, heads: Heads) -> Machine:
-    """What ``device`` has for queries, keys and values of this kind.
+    """Find what ``device`` has for queries, keys and values of this kind.
 
     A package is imported, and tried on a few rows, only where nothing else rules it out.
     """
@@ -38,7 +38,7 @@ def machine_of(device: torch.device, heads: Heads) -> Machine:
 
 @functools.cache
 def _trial(backend: Backend, device: torch.device, heads: Heads) -> str | None:
-    """Import a backend and try it; what went wrong, None if nothing did."""
+    """Import a backend and try it; return what went wrong, None if nothing did."""
     try:
         problem = problem_of(load(backend), device, heads)
     except Exception as error:  # a broken installation raises anything
@@ -75,7 +75,7 @@ def problem_of(ordinary: Ordinary, device: torch.device, heads: Heads) -> str | 
 def _solved(
     ordinary: Ordinary, device: torch.device, heads: Heads, lengths: _Lengths, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """``o, dq, dk, dv`` in float64 on the CPU, of sequences and two rows of none, with a window and a head group.
+    """Compute ``o, dq, dk, dv`` of sequences and two rows of none, with a window and a head group; float64, on the CPU.
 
     Args:
         lengths: of the sequences: their queries, and their keys.

@@ -21,7 +21,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, int]
 
 
 def flash_attn() -> Kernel:
-    """The kernel of the ``flash-attn`` package.
+    """Import the kernel of the ``flash-attn`` package.
 
     Raises:
         ImportError: it is not there, or older than what is needed of it.
@@ -32,7 +32,7 @@ def flash_attn() -> Kernel:
 
 
 def flash_attn_kernel(function: Callable[..., Any]) -> Kernel:
-    """``flash_attn_varlen_func`` as a kernel. Its backward is deterministic whatever PyTorch is set to."""
+    """Make a kernel of ``flash_attn_varlen_func``. Its backward is deterministic whatever PyTorch is set to."""
     _check_parameters("flash-attn", function, "softmax_scale", "causal", "window_size", "deterministic")
 
     def kernel(
@@ -64,7 +64,7 @@ def flash_attn_kernel(function: Callable[..., Any]) -> Kernel:
 
 
 def varlen_attn() -> Kernel:
-    """PyTorch's kernel.
+    """Import PyTorch's kernel for packed attention.
 
     Raises:
         ImportError: this release of PyTorch has none, or one that lacks what is needed of it.
@@ -75,7 +75,7 @@ def varlen_attn() -> Kernel:
 
 
 def varlen_attn_kernel(function: Callable[..., Any]) -> Kernel:
-    """``torch.nn.attention.varlen.varlen_attn`` as a kernel, which has no argument for a deterministic backward."""
+    """Make a kernel of ``varlen_attn``, which has no argument for a deterministic backward."""
     _check_parameters("torch's varlen_attn", function, "scale", "window_size", "enable_gqa")
 
     def kernel(
@@ -123,7 +123,7 @@ def packed_attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
 ) -> Tensor:
-    """``kernel`` on rows ``[rows, heads, head_dim]``, with zeros in rows of no sequence, in gradients too."""
+    """Run ``kernel`` on rows ``[rows, heads, head_dim]``; rows of no sequence are zero, in gradients too."""
     outside = outside_k = _outside(q, cu_seqlens)
     longest = longest_k = min(max_seqlen, q.shape[0])
     if cu_seqlens_k is None or max_seqlen_k is None:
@@ -138,7 +138,7 @@ def packed_attention(
 
 
 def _outside(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """``[rows, 1, 1]``: which rows are of no sequence. Counted on the device, which is not waited for."""
+    """Find, ``[rows, 1, 1]``, the rows of no sequence. Counted on the device, which is not waited for."""
     return (torch.arange(x.shape[0], device=x.device) >= cu_seqlens[-1])[:, None, None]
 
 

@@ -26,7 +26,7 @@ def padded_attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
 ) -> Tensor:
-    """On rows ``[rows, heads, head_dim]``, with zeros in rows of no sequence, in gradients too."""
+    """Attend over padded copies of rows ``[rows, heads, head_dim]``; rows of no sequence are zero, in gradients too."""
     check_still_deterministic("sdpa", q)
     there, back = _moves(cu_seqlens, max_seqlen, q.shape[0])
     there_k, back_k, longest_k, offset = there, back, max_seqlen, cu_seqlens.new_zeros(1)
@@ -52,7 +52,7 @@ def padded_attention(
 
 
 def _moves(cu_seqlens: Tensor, longest: int, rows: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """From rows to places ``[sequences, longest]``, flattened, and back: of each the source, and which are empty.
+    """Index moves from rows to places ``[sequences, longest]``, flattened, and back: each source, and which are empty.
 
     All of it on the device, which is not waited for.
     """
@@ -68,7 +68,7 @@ def _moves(cu_seqlens: Tensor, longest: int, rows: int) -> tuple[tuple[Tensor, T
 
 
 class _Move(torch.autograd.Function):
-    """``y[i] = x[source[i]]``, zero where ``empty``; the backward moves back by what undoes it.
+    """Moves rows, ``y[i] = x[source[i]]``, zero where ``empty``; the backward moves back by what undoes it.
 
     Each row has one place: no sum is formed, whose order could change.
     """

@@ -27,14 +27,14 @@ def own_attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
 ) -> Tensor:
-    """The library's op, without tangents."""
+    """Attend by the library's op, without tangents."""
     keys: dict[str, Any] = {"cu_seqlens_k": cu_seqlens_k, "max_seqlen_k": max_seqlen_k}
     o, _ = attention(q, None, k, None, v, None, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window, **keys)
     return o
 
 
 def load(backend: Backend) -> Ordinary:
-    """A backend as a function of an ordinary pass, its inputs and its result as those of ``sap_fast.ops.attention``.
+    """Load a backend as a function of an ordinary pass that takes and returns what ``sap_fast.ops.attention`` does.
 
     Raises:
         ImportError: it is not installed, or too old.

@@ -41,7 +41,7 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``o = softmax(scale q k^T + causal mask) v`` within each sequence, and its tangent ``o_dot``.
+    """Compute ``o = softmax(scale q k^T + causal mask) v`` within each sequence, and its tangent ``o_dot``.
 
     With ``cu_seqlens_k`` a sequence has keys before those of its queries: its last query sees its last key, query i
     of n sees key ``i + n_k - n`` and those before it.
@@ -175,7 +175,7 @@ def _fake_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tupl
 
 
 def _flops(products: int, of_pair: int, count: str) -> Callable[[Mapping[str, Any]], int]:
-    """So many products of an ordinary pass, and of a dual, which it is if the argument ``count`` has two halves."""
+    """Count so many products of an ordinary pass, or of a dual, which it is if ``count`` has two halves."""
 
     def flops(named: Mapping[str, Any]) -> int:
         heads, head_dim = named["q"].shape[2:]
@@ -185,7 +185,7 @@ def _flops(products: int, of_pair: int, count: str) -> Callable[[Mapping[str, An
 
 
 def _attended(named: Mapping[str, Any]) -> int:
-    """How many scores the mask leaves, over all sequences."""
+    """Count the scores that the mask leaves, over all sequences."""
     used, window, ends_k = named["seqused"], named["window"], named["cu_seqlens_k"]
     lengths = _lengths(named["cu_seqlens"]) if used is None else used.tolist()
     lengths_k = lengths if ends_k is None else _lengths(ends_k)
@@ -198,7 +198,7 @@ def _lengths(ends: Tensor) -> list[int]:
 
 
 def _causal(n: int, window: int) -> int:
-    """How many scores the mask leaves of ``n`` rows by ``n``."""
+    """Count the scores that the mask leaves of ``n`` rows by ``n``."""
     seen = min(n, window) if window else n
     # The first rows see all before them, each of the others `seen` keys.
     return seen * (seen + 1) // 2 + (n - seen) * seen

@@ -42,7 +42,7 @@ def places(cu_seqlens, seqused, cu_seqlens_k, rows, rows_k):
 
 @triton.jit
 def load_tile(x, row, start, first, last, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """Rows ``first`` up to ``first + ROWS`` of the sequence that begins in row ``start``; zero from row ``last`` on."""
+    """Load rows ``first`` to ``first + ROWS`` of the sequence that begins in row ``start``; zero from ``last`` on."""
     # Only the scalar is int64: offsets within a tile are small, and as a tensor they would take twice the registers.
     o_row, o_d = tl.arange(0, ROWS)[:, None], tl.arange(0, BD)[None, :]
     m = o_row < last - first
@@ -55,7 +55,7 @@ def load_tile(x, row, start, first, last, ROWS: tl.constexpr, D: tl.constexpr, B
 def store_tile(
     x, b_x, i_head, start, first, last, HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
 ):
-    """The counterpart of ``load_tile`` for one head of an output, which is contiguous; leaves rows from ``last`` on.
+    """Store a tile of one head of an output, which is contiguous; rows from ``last`` on are left alone.
 
     It takes the head, not a pointer to it: that pointer would be kept in registers throughout a loop before the store.
     """
@@ -68,14 +68,14 @@ def store_tile(
 
 @triton.jit
 def load_statistic(x, i_head, start, first, last, HEADS: tl.constexpr, ROWS: tl.constexpr):
-    """``[ROWS]`` of one head of a contiguous ``[rows, heads]``, zero from row ``last`` on."""
+    """Load ``[ROWS]`` of one head of a contiguous ``[rows, heads]``, zero from row ``last`` on."""
     o_row = tl.arange(0, ROWS)
     return tl.load(x + ((start + first) * HEADS + i_head) + o_row * HEADS, mask=o_row < last - first, other=0.0)
 
 
 @triton.jit
 def store_statistic(x, b_x, i_head, start, first, last, HEADS: tl.constexpr, ROWS: tl.constexpr):
-    """The counterpart of ``load_statistic``; rows from ``last`` on are left alone."""
+    """Store ``[ROWS]`` of one head of a contiguous ``[rows, heads]``; rows from ``last`` on are left alone."""
     o_row = tl.arange(0, ROWS)
     tl.store(x + ((start + first) * HEADS + i_head) + o_row * HEADS, b_x, mask=o_row < last - first)
 
@@ -91,7 +91,7 @@ def clear_rows(
 
 @triton.jit
 def seen(o_query, o_key, WINDOW: tl.constexpr):
-    """Which keys a query sees. Rows that are not real need no mask: a real query sees none after itself."""
+    """Mark the keys that a query sees. Rows that are not real need no mask: a real query sees none after itself."""
     m = o_query >= o_key
     if WINDOW:
         m = m & (o_query - o_key < WINDOW)
@@ -100,11 +100,11 @@ def seen(o_query, o_key, WINDOW: tl.constexpr):
 
 @triton.jit
 def outer(b_x, b_y, b_sum=None):
-    """``sum + x y^T``"""
+    """Add an outer product: ``sum + x y^T``."""
     return tl.dot(b_x, tl.trans(b_y), b_sum, input_precision="ieee")
 
 
 @triton.jit
 def add_product(b_sum, b_x, b_y):
-    """``sum + x y``, for x computed in float32 and rounded to the dtype of y."""
+    """Add a product: ``sum + x y``, for x computed in float32 and rounded to the dtype of y."""
     return tl.dot(b_x.to(b_y.dtype), b_y, b_sum, input_precision="ieee")

@@ -38,7 +38,7 @@ def delta_kernel(
     BD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """``delta_dot = rowsum(do_dot o)``, and in full mode before it ``delta = rowsum(do o + do_dot o_dot)``.
+    """Compute ``delta_dot = rowsum(do_dot o)``, in full mode before it ``delta = rowsum(do o + do_dot o_dot)``.
 
     A kernel of its own: four more tiles at the start of ``query_kernel`` would cost it its last registers.
     """
@@ -99,7 +99,7 @@ def query_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program a tile of queries: ``dq``, a contiguous stack ``[n, ...]``, and a better ``delta``.
+    """Compute ``dq``, a contiguous stack ``[n, ...]``, and a better ``delta``: one program a tile of queries.
 
     ``do_half`` is 0 in half mode: the one half there is, is the ordinary gradient.
     """
@@ -217,7 +217,7 @@ def key_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program a tile of keys, over all queries that see it in all heads of its group: ``dk``, ``dv`` or both.
+    """Compute ``dk``, ``dv`` or both: one program a tile of keys, over all queries that see it in its group's heads.
 
     Tiles of scores lie transposed, keys down: then p and ds are, as they come, left operands of the products.
     """

@@ -1,4 +1,4 @@
-"""What attention is tried on."""
+"""Holds what attention is tried on."""
 
 import itertools
 from collections.abc import Sequence
@@ -86,7 +86,7 @@ _TOKENS_AT_ONCE = 2048
 
 
 def _parts(problem: Problem) -> list[Problem]:
-    """Some sequences at a time of a problem of equal sequences: the T x T matrices of its truth are float64."""
+    """Cut a problem of equal sequences into some at a time: the T x T matrices of its truth are float64."""
     c, rows = problem.constants, problem.inputs["q"].shape[1]
     length, starts = c["max_seqlen"], c["cu_seqlens"]
     step = max(_TOKENS_AT_ONCE // length, 1) * length

@@ -46,7 +46,7 @@ def forward_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program a tile of queries: ``o`` and ``lse``, of a dual with ``o_dot`` and ``mu``; contiguous stacks.
+    """Compute ``o`` and ``lse``, of a dual with ``o_dot`` and ``mu``; contiguous stacks; one program a tile of queries.
 
     ``b_mu`` is the mean of s_dot over the keys so far, and ``b_o_dot`` is kept centred on it: whenever the mean moves,
     the sum moves with it. So no large common part of s_dot (a bias of the keys gives one) is ever rounded.

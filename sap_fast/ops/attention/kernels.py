@@ -50,7 +50,7 @@ _COLUMNS = {
 
 
 def configuration(arch: str, kernel: str, tangents: bool, block: int, dtype: torch.dtype) -> Config:
-    """The table of configurations.
+    """Look up the table of configurations.
 
     Raises:
         ValueError: a head dimension that no kernel was configured for.
@@ -86,7 +86,7 @@ def forward(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:
-    """Serves ``sap_fast::attention``."""
+    """Launch what serves ``sap_fast::attention``."""
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
     halves, rows, heads, d = q.shape
     o, lse = empty(q, *q.shape), empty(q, halves, rows, heads, dtype=torch.float32)
@@ -123,7 +123,7 @@ def backward(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Serves ``sap_fast::attention_backward``."""
+    """Launch what serves ``sap_fast::attention_backward``."""
     do, q, k, v = rows_of(do), rows_of(q), rows_of(k), rows_of(v)
     o, lse = o.contiguous(), lse.contiguous()
     n, rows, heads, d = do.shape
@@ -154,10 +154,10 @@ def backward(
 
 
 def _rows_of_keys(k: Tensor, cu_seqlens_k: Tensor | None) -> int | None:
-    """None where they are those of q: an argument less for the kernels, which are then compiled without it."""
+    """Return None where keys lie as q does: an argument less for the kernels, which are then compiled without it."""
     return None if cu_seqlens_k is None else k.shape[1]
 
 
 def _grid(tile: int, rows: int, max_seqlen: int, heads: int, cu_seqlens: Tensor) -> tuple[int, int, int]:
-    """``(tiles, heads, sequences + 1)``; see ``_tiles.py``. At least one tile, for the rows of no sequence."""
+    """Return ``(tiles, heads, sequences + 1)``; see ``_tiles.py``. At least one tile, for the rows of no sequence."""
     return max(triton.cdiv(min(max_seqlen, rows), tile), 1), heads, len(cu_seqlens)

@@ -18,7 +18,7 @@ def primal(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:
-    """``o = softmax(scale q k^T + mask) v`` within each sequence, and the log-sum-exp of its scores.
+    """Compute ``o = softmax(scale q k^T + mask) v`` within each sequence, and the log-sum-exp of its scores.
 
     The tangent of the log-sum-exp is ``mu = rowsum(P S_dot)``, the row statistic of the dual's backward.
 
@@ -59,7 +59,7 @@ def primal(
 
 
 def _places(cu_seqlens: Tensor, used: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
-    """``[B, longest]``: the row of each place, and whether there is one. Places without one read row 0."""
+    """Find ``[B, longest]``: the row of each place, and whether there is one. Places without one read row 0."""
     start, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     length = length if used is None else torch.minimum(length, used.long())
     t = torch.arange(longest, device=cu_seqlens.device)

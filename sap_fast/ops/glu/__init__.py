@@ -27,7 +27,7 @@ __all__ = ["ACTIVATIONS", "glu"]
 def glu(
     gate: Tensor, gate_dot: Tensor | None, up: Tensor, up_dot: Tensor | None, *, activation: str
 ) -> tuple[Tensor, Tensor | None]:
-    """``y = s(gate) up`` and its tangent ``y_dot = s'(gate) gate_dot up + s(gate) up_dot``.
+    """Compute ``y = s(gate) up`` and its tangent ``y_dot = s'(gate) gate_dot up + s(gate) up_dot``.
 
     Args:
         gate, gate_dot, up, up_dot: ``[rows, d]``, float32, bfloat16 or float64; both tangents None is an

@@ -1,4 +1,4 @@
-"""What glu is tried on."""
+"""Holds what glu is tried on."""
 
 import torch
 

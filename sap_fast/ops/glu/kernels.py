@@ -9,13 +9,13 @@ from sap_fast.ops._triton import Config, config, empty, launch
 
 
 def flat_config(arch: str) -> Config:
-    """The table of configurations of elementwise kernels: 8 elements of each buffer for each thread."""
+    """Look up the configuration of elementwise kernels: 8 elements of each buffer for each thread."""
     return config(num_warps=4, BLOCK=2048 if arch.startswith("gfx") else 1024)
 
 
 @triton.jit
 def activate(g, ACTIVATION: tl.constexpr):
-    """``s(g)`` and its first two derivatives."""
+    """Compute ``s(g)`` and its first two derivatives."""
     if ACTIVATION == "silu":
         sigma = tl.sigmoid(g)
         s = g * sigma
@@ -45,7 +45,7 @@ def activate(g, ACTIVATION: tl.constexpr):
 def forward_kernel(
     gate, up, y, half, gate_half, up_half, ACTIVATION: tl.constexpr, DUAL: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """``y = s u``, ``y_dot = s' g_dot u + s u_dot``. A half has ``half`` elements."""
+    """Compute ``y = s u``, ``y_dot = s' g_dot u + s u_dot``. A half has ``half`` elements."""
     # [BLOCK]
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < half
@@ -74,7 +74,7 @@ def backward_kernel(
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``dg_dot = dy_dot s' u``, ``du_dot = dy_dot s``, and with FULL the cotangents of (g, u).
+    """Compute ``dg_dot = dy_dot s' u``, ``du_dot = dy_dot s``, and with FULL the cotangents of (g, u).
 
     ``dgate`` and ``dup`` may be ``gate`` and ``up``: every element is read before it is written, by one program.
     """
@@ -102,12 +102,12 @@ def backward_kernel(
 
 
 def _flat(x: Tensor) -> Tensor:
-    """``x``, or a copy of it, with each half contiguous."""
+    """Return ``x``, or a copy of it, with each half contiguous."""
     return x if x[0].is_contiguous() else x.contiguous()
 
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Serves ``sap_fast::glu``."""
+    """Launch what serves ``sap_fast::glu``."""
     gate, up = _flat(gate), _flat(up)
     y = empty(gate, *gate.shape)
     chosen, half = flat_config(str(architecture(y.device))), gate[0].numel()
@@ -136,12 +136,12 @@ def _pull_back(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor,
 
 
 def backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Serves ``sap_fast::glu_backward``."""
+    """Launch what serves ``sap_fast::glu_backward``."""
     dgate, dup = empty(gate, *dy.shape), empty(up, *dy.shape)
     _pull_back(_flat(dy), _flat(gate), _flat(up), dgate, dup, activation)
     return dgate, dup
 
 
 def backward_(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
-    """Serves ``sap_fast::glu_backward_``; gate and up are contiguous (see ``may_overwrite``)."""
+    """Launch what serves ``sap_fast::glu_backward_``; gate and up are contiguous (see ``may_overwrite``)."""
     _pull_back(_flat(dy), gate, up, gate, up, activation)

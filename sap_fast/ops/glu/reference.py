@@ -15,6 +15,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def primal(gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor]:
-    """``y = s(gate) up`` with s the activation; all ``[rows, d]``."""
+    """Compute ``y = s(gate) up`` with s the activation; all ``[rows, d]``."""
     dtype = compute_dtype(gate)
     return ((ACTIVATIONS[activation](gate.to(dtype)) * up.to(dtype)).to(gate.dtype),)

@@ -30,7 +30,7 @@ _CHUNK_ROWS = 512
 def linear_cross_entropy(
     x: Tensor, x_dot: Tensor | None, weight: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Negative log-likelihood of each row's target under ``softmax(W x)``, and its tangent.
+    """Compute each row's negative log-likelihood of its target under ``softmax(W x)``, and its tangent.
 
     ``nll = lse(z) - z[target]``, ``nll_dot = sum softmax(z) z_dot - z_dot[target]``. Sum and weight the rows
     outside: a task loss is their mean, a pair's log-probability the negative sum over its sequence.

@@ -1,4 +1,4 @@
-"""What linear_cross_entropy is tried on."""
+"""Holds what linear_cross_entropy is tried on."""
 
 import torch
 

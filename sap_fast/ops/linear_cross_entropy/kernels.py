@@ -16,7 +16,7 @@ _CHUNK = 2**25
 
 
 def vocab_config(arch: str) -> Config:
-    """The table of configurations of the kernels that walk a row of logits: 8 of its elements for each thread."""
+    """Look up the configuration of kernels that walk a row of logits: 8 of its elements for each thread."""
     return config(num_warps=4 if arch.startswith("gfx") else 8, BLOCK=2048)
 
 
@@ -24,7 +24,7 @@ def vocab_config(arch: str) -> Config:
 def statistics_kernel(
     z, targets, nll, lse, z_half, out_half, VOCAB: tl.constexpr, DUAL: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """``lse = log sum exp z``, ``nll = lse - z_y``; ``lse_dot = sum p z_dot``, ``nll_dot = lse_dot - z_dot_y``.
+    """Compute ``lse = log sum exp z``, ``nll = lse - z_y``, ``lse_dot = sum p z_dot``, ``nll_dot = lse_dot - z_dot_y``.
 
     One program a row. Each lane keeps a maximum and sums of its own, so that lanes meet only once, at the end.
     """
@@ -85,7 +85,7 @@ def cotangent_kernel(
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x W^T`` in float32: rounded to bfloat16, a logit of 20 would be off by 0.06, and a cotangent rounded twice."""
+    """Compute ``x W^T`` in float32: in bfloat16, a logit of 20 would be off by 0.06, and a cotangent rounded twice."""
     if x.dtype == torch.float32:
         return x @ weight.T
     if x.is_cuda and not torch.version.hip:
@@ -94,18 +94,18 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _alike(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32 where their dtypes differ: rows and head have one dtype in every model but a mixed one."""
+    """Return both in float32 where their dtypes differ: rows and head have one dtype in every model but a mixed one."""
     return (x, weight) if x.dtype == weight.dtype else (x.float(), weight.float())
 
 
 def _chunks(rows: int, vocab: int) -> Iterator[slice]:
-    """Slices of rows whose logits exist at once; their number follows from the shape alone."""
+    """Cut rows into slices whose logits exist at once; their number follows from the shape alone."""
     size = max(128, _CHUNK // vocab // 128 * 128)
     return (slice(i, min(i + size, rows)) for i in range(0, rows, size))
 
 
 def forward(x: Tensor, weight: Tensor, targets: Tensor, grads: int) -> tuple[Tensor, Tensor]:
-    """Serves ``sap_fast::linear_cross_entropy``."""
+    """Launch what serves ``sap_fast::linear_cross_entropy``."""
     halves, rows, d = x.shape
     nll, lse = (empty(x, halves, rows, dtype=torch.float32) for _ in range(2))
     basis = empty(x, grads, rows, d, dtype=torch.float32)
@@ -139,5 +139,5 @@ def forward(x: Tensor, weight: Tensor, targets: Tensor, grads: int) -> tuple[Ten
 
 
 def backward(dnll: Tensor, basis: Tensor, dtype: torch.dtype) -> Tensor:
-    """Serves ``sap_fast::linear_cross_entropy_backward``: a product for each element, which PyTorch has."""
+    """Serve ``sap_fast::linear_cross_entropy_backward``: a product for each element, which PyTorch has."""
     return combined(dnll, basis, dtype)

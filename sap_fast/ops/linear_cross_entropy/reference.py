@@ -8,7 +8,7 @@ from sap_fast.ops._library import compute_dtype
 
 
 def primal(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """``z = W x``, ``nll = log sum exp z - z[target]``, row by row in float32 (float64).
+    """Compute ``z = W x``, ``nll = log sum exp z - z[target]``, row by row in float32 (float64).
 
     Args:
         x: ``[rows, d]``; weight: ``[vocab, d]``; targets: ``[rows]`` int64.
@@ -22,7 +22,7 @@ def primal(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
 
 
 def combined(dnll: Tensor, basis: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dx_dot = dnll_dot g``, ``dx = dnll g + dnll_dot t``, where ``basis[-1]`` is g and, of a dual, ``basis[0]`` t.
+    """Compute ``dx_dot = dnll_dot g``, ``dx = dnll g + dnll_dot t``; g is ``basis[-1]``, of a dual t ``basis[0]``.
 
     Args:
         dnll: ``[n, rows]``; basis: ``[n, rows, d]``, or of two halves; both float32 (float64).

@@ -25,7 +25,7 @@ __all__ = ["LoRATarget", "dropout_mask", "lora_linear"]
 
 
 class LoRATarget(NamedTuple):
-    """One frozen map ``W x + bias`` and its adapter ``scaling B A dropout(x)``, if it has one.
+    """Holds one frozen map ``W x + bias`` and its adapter ``scaling B A dropout(x)``, if it has one.
 
     ``weight [d_out, d_in]``, ``bias [d_out]`` or None, ``a [rank, d_in]`` and ``b [d_out, rank]`` or None;
     ``a_dot, b_dot``: the direction u in the space of a and b (float32), or None in an ordinary pass. ``scaling``
@@ -49,7 +49,9 @@ class LoRATarget(NamedTuple):
 def lora_linear(
     x: Tensor, x_dot: Tensor | None, targets: Sequence[LoRATarget], *, seed: Tensor | None = None
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """``y = W x + bias + s B A x`` and ``y_dot = W x_dot + s (B A x_dot + B_dot A x + B A_dot x)`` for each target.
+    """Compute ``y = W x + bias + s B A x`` and its tangent ``y_dot`` for each target.
+
+    ``y_dot = W x_dot + s (B A x_dot + B_dot A x + B A_dot x)``.
 
     In a dual, the gradient of L_dot with respect to ``a_dot`` and ``b_dot`` is ``grad_A L`` and ``grad_B L``, the
     ordinary gradients; ``a`` and ``b`` themselves are constants there, since SAP has no use for their cotangent
@@ -90,7 +92,7 @@ def check_targets(x: Tensor, x_dot: Tensor | None, targets: Sequence[LoRATarget]
 
 
 def needed_of(x: Tensor, a: Sequence[Tensor | None]) -> Tensor | None:
-    """What a backward needs of x beside its shape: nothing where no map has an adapter, whose gradient x is part of."""
+    """Return what a backward needs of x beside its shape: nothing where no map has an adapter."""
     return x if any(matrix is not None for matrix in a) else None
 
 

@@ -1,4 +1,4 @@
-"""What lora_linear is tried on."""
+"""Holds what lora_linear is tried on."""
 
 from collections.abc import Sequence
 
@@ -49,7 +49,7 @@ def _case(
 
 
 def _of_model(w: Widths, rows: int, _: int) -> Case:
-    """Queries, keys and values."""
+    """Describe queries, keys and values."""
     keys = w.kv_heads * w.head_dim
     return _case(str(rows), rows, w.hidden, [w.heads * w.head_dim, keys, keys], [8, 8, 8])
 

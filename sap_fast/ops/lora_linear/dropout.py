@@ -12,14 +12,14 @@ _WORD = 0xFFFFFFFF
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words whose output bits each depend on all input bits (lowbias32 by C. Wellons)."""
+    """Permute 32-bit words; each output bit depends on all input bits (lowbias32 by C. Wellons)."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
     return x ^ (x >> 16)
 
 
 def kept_factor(p: float) -> float:
-    """What a kept element is multiplied by, ``1 / (1 - p)``, in float32: one number on every device.
+    """Compute the factor of a kept element, ``1 / (1 - p)``, in float32: one number on every device.
 
     A GPU would divide a tensor by a number by multiplying with its rounded reciprocal, another number at p = 0.999.
     """
@@ -27,7 +27,7 @@ def kept_factor(p: float) -> float:
 
 
 def dropout_mask(seed: Tensor, salt: int, rows: int, width: int, p: float) -> Tensor:
-    """The factor by which each input element is multiplied: 0 with probability p, else 1 / (1 - p).
+    """Draw the factor by which each input element is multiplied: 0 with probability p, else 1 / (1 - p).
 
     Args:
         seed: int64 scalar tensor, one for each micro-batch.

@@ -28,14 +28,14 @@ def _kernel() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 
 class Float8Matrix(NamedTuple):
-    """``values [n, k]`` in e4m3, contiguous, times ``scale [n, 1]`` in float32."""
+    """Holds a matrix as ``values [n, k]`` in e4m3, contiguous, times ``scale [n, 1]`` in float32."""
 
     values: Tensor
     scale: Tensor
 
 
 class Float8Weight(NamedTuple):
-    """A frozen W ``[d_out, d_in]`` for both of its products: by its rows (``x W^T``) and by its columns (``dy W``).
+    """Holds a frozen W ``[d_out, d_in]`` for both products: by its rows (``x W^T``) and by its columns (``dy W``).
 
     The two copies take together what one in bfloat16 does. ``emulated``: whether products are formed in float32, on
     any device, of what e4m3 holds. ``version``: where W lies, and how many writes torch has counted to it; it does
@@ -53,12 +53,12 @@ class Float8Weight(NamedTuple):
 
 
 def version_of(weight: Tensor) -> tuple[int, int]:
-    """See :class:`Float8Weight`."""
+    """Return the version of a weight; see :class:`Float8Weight`."""
     return weight.data_ptr(), weight._version
 
 
 def rounded(x: Tensor) -> Float8Matrix:
-    """``x [n, k]``, of any floating-point dtype, by rows; a row of zeros stays one.
+    """Round ``x [n, k]``, of any floating-point dtype, by rows; a row of zeros stays one.
 
     On CUDA tensors a Triton kernel serves it, else torch's ops, which would read and write more than the product saves.
     """
@@ -73,7 +73,7 @@ def rounded(x: Tensor) -> Float8Matrix:
 
 
 def product(x: Float8Matrix, weight: Float8Matrix, out: Tensor, *, emulated: bool) -> Tensor:
-    """``x W^T`` of ``x [m, k]`` and ``W [n, k]``, written to ``out [m, n]``, which is bfloat16 unless emulated."""
+    """Compute ``x W^T`` of ``x [m, k]`` and ``W [n, k]`` into ``out [m, n]``, which is bfloat16 unless emulated."""
     if emulated:
         sums = x.values.float() @ weight.values.float().t()
         return out.copy_(sums * x.scale * weight.scale.t())
@@ -90,7 +90,7 @@ def _scaled(x: Float8Matrix, weight: Float8Matrix, dtype: torch.dtype, out: Tens
 
 @functools.cache
 def refusal_to_write(device: torch.device) -> str | None:
-    """Why torch refuses to write a product with scales by rows where it is told to; None if it does as it is told.
+    """Say why torch refuses to write a product with scales by rows where it is told to; None if it does so.
 
     Which forms of these products there are differs between releases of torch. One is tried, once for each device;
     where it is refused, products are formed in memory of their own and copied, which costs a pass over each.

@@ -1,4 +1,4 @@
-"""Rounding of rows to float8 in Triton: what ``float8.rounded`` says, read once from memory and written as e4m3."""
+"""Rounds rows to float8 in Triton: what ``float8.rounded`` says, read once from memory and written as e4m3."""
 
 import torch
 import triton
@@ -13,7 +13,7 @@ _WIDEST = 8192
 
 @triton.jit
 def round_kernel(x, x_row, y, scale, D: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, BLOCK: tl.constexpr):
-    """``y = x / scale`` in e4m3 with ``scale = max |x| / LARGEST``, at least TINY; one program a row of D elements."""
+    """Compute ``y = x / scale`` in e4m3 with ``scale = max |x| / LARGEST``, at least TINY; one program a row."""
     row = tl.program_id(0).to(tl.int64)
     # [BLOCK]
     b_most = tl.zeros([BLOCK], tl.float32)
@@ -33,7 +33,7 @@ def round_kernel(x, x_row, y, scale, D: tl.constexpr, LARGEST: tl.constexpr, TIN
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Launch it on ``x [n, k]``: values ``[n, k]`` and scales ``[n, 1]``."""
+    """Launch the kernel on ``x [n, k]``: values ``[n, k]`` and scales ``[n, 1]``."""
     x = rows_of(x)
     rows, width = x.shape
     values, scale = empty(x, rows, width, dtype=torch.float8_e4m3fn), empty(x, rows, 1, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""lora_linear on several streams at once: their frozen products are one, whatever each of them carries.
+"""Runs lora_linear on several streams at once: their frozen products are one, whatever each of them carries.
 
 The rows of all streams lie one after another, and each weight is multiplied by all of them in one product, forward and
 backward. Adapters, which take other rules in an ordinary pass than in a dual, are added to each stream by itself.
@@ -25,7 +25,7 @@ Dual = tuple[Tensor, Tensor | None]
 
 
 class Group(NamedTuple):
-    """One stream: its rows, its targets and the seed of its dropout, as :func:`lora_linear` takes them."""
+    """Holds one stream: its rows, its targets and the seed of its dropout, as :func:`lora_linear` takes them."""
 
     x: Tensor
     x_dot: Tensor | None
@@ -74,7 +74,7 @@ def _differ(a: Tensor, b: Tensor) -> bool:
 
 
 class _Maps:
-    """What a call is made of beside the tensors that gradients may go to. The streams themselves are let go."""
+    """Holds what a call is made of beside the tensors that gradients may go to. The streams themselves are let go."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class _Maps:
         ]
 
     def forward(self, stacks: Sequence[Tensor]) -> list[Tensor]:
-        """``x W^T`` of all rows of stacks ``[S, rows, d_in]``, for each weight."""
+        """Compute ``x W^T`` of all rows of stacks ``[S, rows, d_in]``, for each weight."""
         rows = torch.cat([stack.flatten(0, 1) for stack in stacks]) if len(stacks) > 1 else stacks[0].flatten(0, 1)
         if not self.float8:
             return [rows @ weight.t() for weight in self.weights]
@@ -110,7 +110,7 @@ class _Maps:
         return ys
 
     def backward(self, modes: Sequence[Mode], dys: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """``dy W`` of all rows of stacks ``[n, rows, d_out]``, by stream and target; their sum over targets is due.
+        """Compute ``dy W`` of all rows of stacks ``[n, rows, d_out]``, by stream and target; their sum is due.
 
         The result is that sum or, for a CPU's bfloat16, its terms: there the raw op adds them up in float32.
         """

@@ -20,7 +20,7 @@ from sap_fast.ops.lora_linear.products import Plan, Side, down_kernel, marked, o
 
 
 class _Tiles(NamedTuple):
-    """How each kernel is launched, and the largest block of ranks: in ``down`` and ``outer``, and in ``up``."""
+    """Tells how each kernel is launched, and the largest block of ranks: in ``down`` and ``outer``, and in ``up``."""
 
     down: Config
     up: Config
@@ -30,7 +30,7 @@ class _Tiles(NamedTuple):
 
 
 def _tiles(arch: str, dtype: torch.dtype, adapters: Sequence["_Adapter"]) -> _Tiles:
-    """The table of configurations; README.md has the reasons."""
+    """Look up the table of configurations; README.md has the reasons."""
     masked, many = any(one.dropout for one in adapters), len(adapters) > 1
     large = arch in ("sm_90", "sm_100")
     stages = 3 if large else 2
@@ -57,7 +57,7 @@ _SUM = config(num_warps=4, BLOCK=1024)
 
 
 class _Adapter(NamedTuple):
-    """An adapter of one target; ``a_dot`` and ``b_dot`` are its own ``a`` and ``b`` in an ordinary pass."""
+    """Holds an adapter of one target; in an ordinary pass ``a_dot`` and ``b_dot`` are its own ``a`` and ``b``."""
 
     target: int
     a: Tensor
@@ -95,7 +95,7 @@ def _adapters(
 
 @functools.cache
 def dropout_constants(p: float) -> tuple[int, float]:
-    """The largest word of the mask that is dropped, and the factor of what is kept, rounded as by ``dropout_mask``."""
+    """Find the largest word of the mask that is dropped, and the factor of what is kept, as ``dropout_mask`` does."""
     limit = round(p * 2**32) - 1
     return limit, kept_factor(p) if limit >= 0 else 1.0
 
@@ -111,7 +111,7 @@ def _side(
     masked: bool = False,
     bias: Tensor | None = None,
 ) -> Side:
-    """One matrix ``m [rank, width]`` of an adapter beside a stack.
+    """Describe one matrix ``m [rank, width]`` of an adapter beside a stack.
 
     Args:
         swapped: whether the stack is one of cotangents, whose value half, the ordinary gradient, comes last.
@@ -130,7 +130,7 @@ def _side(
 
 
 def _plan(dtype: torch.dtype, adapters: Sequence[_Adapter], halves: int, widths: Iterable[int], block: int) -> Plan:
-    """What the kernels of one pass have in common.
+    """Collect what the kernels of one pass have in common.
 
     Numbers of parts and groups depend on the model alone and not on the device, so that sums have one order everywhere.
     """
@@ -156,7 +156,7 @@ def forward(
     dropout: list[float],
     salt: list[int],
 ) -> list[Tensor]:
-    """Serves ``sap_fast::lora_linear``."""
+    """Launch what serves ``sap_fast::lora_linear``."""
     x = rows_of(x)
     halves, rows, d_in = x.shape
     # Both halves at once: the weight is read once.
@@ -179,7 +179,7 @@ def forward_(
     dropout: list[float],
     salt: list[int],
 ) -> None:
-    """Serves ``sap_fast::lora_linear_``."""
+    """Launch what serves ``sap_fast::lora_linear_``."""
     x = rows_of(x)
     halves, rows, d_in = x.shape
     for y, bias, a_i in zip(ys, biases, a, strict=True):
@@ -237,7 +237,7 @@ def backward(
     salt: list[int],
     need_dx: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Serves ``sap_fast::lora_linear_backward``."""
+    """Launch what serves ``sap_fast::lora_linear_backward``."""
     dys = [rows_of(dy) for dy in dys]
     n, rows, _ = dys[0].shape
     d_in = x.shape[2]
@@ -263,7 +263,7 @@ def backward_(
     dropout: list[float],
     salt: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Serves ``sap_fast::lora_linear_backward_``."""
+    """Launch what serves ``sap_fast::lora_linear_backward_``."""
     dys = [rows_of(dy) for dy in dys]
     n, rows, _ = dys[0].shape
     d_in = x.shape[2]
@@ -324,7 +324,7 @@ def _matrix_gradients(
     plan: Plan,
     tiles: _Tiles,
 ) -> None:
-    """``dA = (s dy_dot B)^T (keep x)`` and ``dB = dy_dot^T t``, by blocks of rows that are then added up in order."""
+    """Compute ``dA = (s dy_dot B)^T (keep x)`` and ``dB = dy_dot^T t``, by blocks of rows added up in order."""
     groups, count = plan.GROUPS.value, len(adapters)
     sums = [das[one.target] for one in adapters] + [dbs[one.target] for one in adapters]
     parts = [empty(x, groups, *whole.shape, dtype=torch.float32) for whole in sums]

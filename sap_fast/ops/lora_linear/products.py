@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 class Side(NamedTuple):
-    """A wide stack ``z [2 or 1, rows, WIDTH]`` and a matrix ``m [RANK, WIDTH]``: A beside x, B transposed beside y.
+    """Describes a stack ``z [2 or 1, rows, WIDTH]`` and a matrix ``m [RANK, WIDTH]``: A beside x, B^T beside y.
 
     Attributes:
         z, z_half, z_row: its value half, the distance from there to its tangent half (which may be negative), and
@@ -52,7 +52,7 @@ class Side(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the kernels of a pass have in common.
+    """Holds what the kernels of a pass have in common.
 
     ``t [PARTS, HALVES, rows, R]`` holds, in float32, rows of R columns, a slot for each adapter. Its PARTS come of
     parts of the columns of a wide stack, and whoever reads it adds them up. CHUNKS: blocks of the widest slot;
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
 
 
 def marked(salt: int) -> int:
-    """The word of a salt that counts, as an odd number wider than 32 bits.
+    """Return the word of a salt that counts, as an odd number wider than 32 bits.
 
     Triton compiles a kernel anew for an integer that is 1, divisible by 16 or of another width, and in a tuple of
     arguments that cannot be declined. All marked salts are alike to it.
@@ -85,14 +85,14 @@ def _mix(x):
 
 @triton.jit
 def row_words(seed, salt, o_row):
-    """The part of ``dropout_mask`` that depends on the row; uint32 wraps as its masking does."""
+    """Compute the part of ``dropout_mask`` that depends on the row; uint32 wraps as its masking does."""
     key = _mix(tl.load(seed).to(tl.uint32) + (salt >> 1).to(tl.uint32))
     return _mix(o_row.to(tl.uint32) + key)
 
 
 @triton.jit
 def kept(b_words, o_z, LIMIT):
-    """Which elements of a block dropout keeps, ``[rows, columns]``."""
+    """Mark the elements of a block that dropout keeps, ``[rows, columns]``."""
     word = _mix(b_words[:, None] ^ (o_z.to(tl.uint32) * 0x9E3779B9)[None, :])
     return word > LIMIT
 
@@ -118,7 +118,7 @@ def _down(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Sides BEGIN to END, which share the stack of the first of them."""
+    """Compute the down products of sides BEGIN to END, which share the stack of the first of them."""
     chunk, part = tl.program_id(0) % plan.CHUNKS, tl.program_id(0) // plan.CHUNKS
     # [BM]
     o_row = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
@@ -193,7 +193,7 @@ def down_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """``t = s m (keep z)``, ``t_dot = s (m (keep z_dot) + m_dot (keep z))``.
+    """Compute ``t = s m (keep z)``, ``t_dot = s (m (keep z_dot) + m_dot (keep z))``.
 
     One program a block of rows, a part of the columns and a chunk of the ranks.
     """
@@ -251,7 +251,7 @@ def _up(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Sides BEGIN to END, all added to the stack of the first of them."""
+    """Compute the up products of sides BEGIN to END, all added to the stack of the first of them."""
     # [BM], [BN]
     o_row = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
     o_z = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -294,7 +294,7 @@ def up_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """``z += keep (t m)`` and ``z_dot += keep (t_dot m + t m_dot)`` in place; one program a tile of one stack."""
+    """Add ``z += keep (t m)`` and ``z_dot += keep (t_dot m + t m_dot)`` in place; one program a tile of one stack."""
     if TOGETHER and tl.program_id(2) == 0:
         _up(together, t, seed, rows, plan, 0, TOGETHER, DUAL, BM, BN)
     for i in tl.static_range(EACH):
@@ -315,7 +315,7 @@ def _outer(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Sides BEGIN to END, which share the stack of the first of them."""
+    """Compute the outer products of sides BEGIN to END, which share the stack of the first of them."""
     chunk, group = tl.program_id(0) % plan.CHUNKS, tl.program_id(1)
     # [BN]
     o_z = tl.program_id(0) // plan.CHUNKS * BN + tl.arange(0, BN)
@@ -370,7 +370,7 @@ def outer_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """``m = t^T (keep z)``, summed over rows: one program a tile of a matrix and one of GROUPS blocks of rows.
+    """Compute ``m = t^T (keep z)``, summed over rows: one program a tile of a matrix and one of GROUPS blocks of rows.
 
     ``m`` is ``[GROUPS, ...]``, each group in the layout of the gradient that it is a part of.
     """
@@ -384,7 +384,7 @@ def outer_kernel(
 
 @triton.jit
 def sum_kernel(parts, sums, COUNTS, N: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """``sums[i] = parts[i].sum(0)`` in a fixed order, for tensors of COUNTS elements; one program a block of one."""
+    """Sum ``sums[i] = parts[i].sum(0)`` in fixed order, for tensors of COUNTS elements; one program a block of one."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     for i in tl.static_range(N):
         if tl.program_id(1) == i:

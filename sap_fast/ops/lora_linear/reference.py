@@ -7,7 +7,7 @@ from sap_fast.ops._library import compute_dtype
 
 
 def adapter(x: Tensor, a: Tensor, b: Tensor, scaling: float, keep: Tensor | None) -> tuple[Tensor]:
-    """``scaling B A (keep x)`` in float32 (float64 for float64): adapters are small, their rounding is not free.
+    """Compute ``scaling B A (keep x)`` in float32 (float64 for float64): adapters are small, rounding is not free.
 
     Args:
         x: ``[rows, d_in]``; a: ``[rank, d_in]``; b: ``[d_out, rank]``; keep: dropout factors ``[rows, d_in]`` or None.
@@ -20,6 +20,6 @@ def adapter(x: Tensor, a: Tensor, b: Tensor, scaling: float, keep: Tensor | None
 def primal(
     x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, scaling: float, keep: Tensor | None
 ) -> tuple[Tensor]:
-    """``y = W x + bias + scaling B A (keep x)``: the whole map, from which the oracle derives its rules."""
+    """Compute ``y = W x + bias + scaling B A (keep x)``: the whole map, from which the oracle derives its rules."""
     (delta,) = adapter(x, a, b, scaling, keep)
     return ((F.linear(x, weight, bias) + delta).to(x.dtype),)

@@ -81,7 +81,7 @@ def _backward_(
     dropout: list[float],
     salt: list[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients of the adapters. The first of the products ``[n, rows, d_in]`` becomes dx, if there are any."""
+    """Compute the gradients of the adapters. The first product ``[n, rows, d_in]`` becomes dx, if there are any."""
     dtype = compute_dtype(x)
     dx = x.new_zeros((dys[0].shape[0] if products else 0, *x.shape[1:]), dtype=dtype)
     das, dbs = [], []

@@ -1,4 +1,4 @@
-"""What probe_rms_norm is tried on."""
+"""Holds what probe_rms_norm is tried on."""
 
 import torch
 from torch import Tensor

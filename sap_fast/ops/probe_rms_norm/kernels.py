@@ -14,7 +14,7 @@ _SUM = config(num_warps=4, COLUMNS=32)
 
 
 def capture_blocks(tiles: int) -> int:
-    """Into how many partial sums the tiles of rows are split: a function of the shape alone, the same on every device.
+    """Choose how many partial sums the tiles of rows are split into, by the shape alone, alike on every device.
 
     Each program of the backward makes one: 128 of them nearly fill the 132 multiprocessors of a Hopper chip, and 256
     do so twice, where the rows are so many that writing the sums costs nothing beside them.
@@ -43,7 +43,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program a block of rows: ``h = residual + update + probe``, ``y = norm(h)``, ``rstd``; contiguous stacks.
+    """Compute ``h = residual + update + probe``, ``y = norm(h)``, ``rstd``; contiguous stacks; one program a row block.
 
     ``probe`` is None or a contiguous stack ``[S, D]`` in float32.
     """
@@ -103,7 +103,7 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The cotangents of residual and update (they are equal), and the first stage of the gradient capture.
+    """Compute the cotangents of residual and update (they are equal), and the gradient capture's first stage.
 
     Program i takes blocks of rows i, i + programs, ... and, where ``partial [programs, n, D]`` is given, sums their
     cotangents by column in that order, in float32 before they are rounded. Without it there is a program for each
@@ -163,7 +163,7 @@ def backward_kernel(
 
 @triton.jit
 def sum_kernel(partial, total, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Second stage: ``total [WIDTH]`` from ``partial [BLOCKS, WIDTH]``, by the tree of one ``tl.sum``."""
+    """Sum up, as second stage, ``total [WIDTH]`` from ``partial [BLOCKS, WIDTH]``, by the tree of one ``tl.sum``."""
     o = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     # [BLOCKS, COLUMNS]
     b = tl.load(partial + tl.arange(0, BLOCKS)[:, None] * WIDTH + o[None, :], mask=(o < WIDTH)[None, :], other=0.0)
@@ -173,7 +173,7 @@ def sum_kernel(partial, total, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, COLUMN
 def forward(
     residual: Tensor, update: Tensor, probe: Tensor | None, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Serves ``sap_fast::probe_rms_norm``."""
+    """Launch what serves ``sap_fast::probe_rms_norm``."""
     residual, update = rows_of(residual), rows_of(update)
     halves, rows, d = residual.shape
     h, y = empty(residual, *residual.shape), empty(residual, *residual.shape)
@@ -205,7 +205,7 @@ def backward(
     offset: float,
     capture: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Serves ``sap_fast::probe_rms_norm_backward``; eps is in ``rstd`` already."""
+    """Launch what serves ``sap_fast::probe_rms_norm_backward``; eps is in ``rstd`` already."""
     dh, dy, h = None if dh is None else rows_of(dh), rows_of(dy), h.contiguous()
     n, rows, d = dy.shape
     dx = empty(dy, n, rows, d)

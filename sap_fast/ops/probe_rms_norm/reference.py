@@ -12,7 +12,7 @@ from sap_fast.ops.rms_norm.reference import primal as rms_norm
 def primal(
     residual: Tensor, update: Tensor, probe: Tensor, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``h = residual + update + probe`` rounded to its storage dtype, then ``(y, rstd) = rms_norm(h)``.
+    """Compute ``h = residual + update + probe`` rounded to its storage dtype, then ``(y, rstd) = rms_norm(h)``.
 
     The norm reads the rounded ``h``, which is what the residual stream carries on, so that the backward,
     which starts from the stored ``h``, differentiates exactly what was computed.

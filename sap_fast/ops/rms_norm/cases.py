@@ -1,4 +1,4 @@
-"""What rms_norm is tried on."""
+"""Holds what rms_norm is tried on."""
 
 import torch
 

@@ -15,7 +15,7 @@ _ELEMENTS = 2048
 
 
 class Shape(NamedTuple):
-    """What a row kernel is compiled for."""
+    """Describes what a row kernel is compiled for."""
 
     D: int
     BLOCK: int
@@ -23,20 +23,20 @@ class Shape(NamedTuple):
 
 
 def shape_of(d: int) -> Shape:
-    """Whole rows of width ``d``, and how many of them a program holds at once."""
+    """Make the shape of whole rows of width ``d``, and of as many as a program holds at once."""
     block = power_of_2(d)
     return Shape(d, block, max(1, _ELEMENTS // block))
 
 
 def row_config(arch: str, shape: Shape) -> Config:
-    """The table of configurations of row kernels: 16 elements of a half for each thread, whatever the dtype."""
+    """Look up the configuration of row kernels: 16 elements of a half for each thread, whatever the dtype."""
     lanes, most = (64, 16) if arch.startswith("gfx") else (32, 32)
     return config(num_warps=power_of_2(shape.ROWS * shape.BLOCK // (16 * lanes), 4, most))
 
 
 @triton.jit
 def norm(b_h, b_h_dot, b_gain, eps, D: tl.constexpr, DUAL: tl.constexpr):
-    """``y = gain h rstd``, ``y_dot = gain (h_dot rstd + h rstd_dot)``; all blocks in float32, h ``[ROWS, BLOCK]``."""
+    """Compute ``y = gain h rstd``, ``y_dot = gain (h_dot rstd + h rstd_dot)``; all in float32, h ``[ROWS, BLOCK]``."""
     # [ROWS]
     rstd = tl.rsqrt(tl.sum(b_h * b_h, 1) / D + eps)
     b_y = b_gain * b_h * rstd[:, None]
@@ -51,7 +51,7 @@ def norm(b_h, b_h_dot, b_gain, eps, D: tl.constexpr, DUAL: tl.constexpr):
 
 @triton.jit
 def norm_backward(b_g, b_g_dot, b_h, b_h_dot, rstd, rstd_dot, D: tl.constexpr, FULL: tl.constexpr):
-    """Cotangents of (h, h_dot) from ``g = gain dy``, ``g_dot = gain dy_dot``; without FULL that of h_dot alone."""
+    """Pull ``g = gain dy``, ``g_dot = gain dy_dot`` back to cotangents of (h, h_dot); without FULL of h_dot alone."""
     cube = rstd * rstd * rstd
     # [ROWS]
     mean_h_g_dot = tl.sum(b_h * b_g_dot, 1) / D
@@ -87,7 +87,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program a block of rows: ``y`` and ``rstd``, both contiguous stacks."""
+    """Compute ``y`` and ``rstd``, both contiguous stacks: one program a block of rows."""
     # [ROWS, 1], [BLOCK]
     o_row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     o_d = tl.arange(0, BLOCK)
@@ -126,7 +126,7 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program a block of rows. ``dy_half`` is 0 in half mode: the one half there is, is the ordinary gradient."""
+    """Compute ``dx``, one program a block of rows. ``dy_half`` is 0 in half mode: there is one half, the gradient."""
     # [ROWS, 1], [BLOCK]
     o_row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     o_d = tl.arange(0, BLOCK)
@@ -153,7 +153,7 @@ def backward_kernel(
 
 
 def forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """Serves ``sap_fast::rms_norm``."""
+    """Launch what serves ``sap_fast::rms_norm``."""
     x = rows_of(x)
     halves, rows, d = x.shape
     y, rstd = empty(x, *x.shape), empty(x, halves, rows, dtype=torch.float32)
@@ -173,7 +173,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tenso
 
 
 def backward(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """Serves ``sap_fast::rms_norm_backward``; eps is in ``rstd`` already."""
+    """Launch what serves ``sap_fast::rms_norm_backward``; eps is in ``rstd`` already."""
     x, dy = rows_of(x), rows_of(dy)
     n, rows, d = dy.shape
     dx = empty(x, n, rows, d)

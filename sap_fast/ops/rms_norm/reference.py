@@ -7,7 +7,7 @@ from sap_fast.ops._library import compute_dtype
 
 
 def primal(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """``rstd = (mean x^2 + eps)^(-1/2)``, ``y = (offset + weight) x rstd``.
+    """Compute ``rstd = (mean x^2 + eps)^(-1/2)``, ``y = (offset + weight) x rstd``.
 
     Args:
         x: ``[rows, d]``; weight: ``[d]``.

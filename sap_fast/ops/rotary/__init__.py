@@ -91,7 +91,7 @@ class _Rotary(torch.autograd.Function):
 
 
 def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """A linear map acts on all halves alike: no tangent rule is needed."""
+    """Rotate all halves alike: of a linear map, no tangent rule is needed."""
     halves_of = [primal(q_half, k_half, cos, sin) for q_half, k_half in zip(q, k, strict=True)]
     return tuple(torch.stack(parts) for parts in zip(*halves_of, strict=True))
 

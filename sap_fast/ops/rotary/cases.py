@@ -1,4 +1,4 @@
-"""What rotary is tried on."""
+"""Holds what rotary is tried on."""
 
 import torch
 

@@ -9,7 +9,7 @@ from sap_fast.ops._triton import Config, config, empty, launch, power_of_2, rows
 
 
 def rotary_config(arch: str, elements: int) -> Config:
-    """The table of configurations: 16 of the ``elements`` of one rotated half of all heads for each thread."""
+    """Look up the configuration: 16 of the ``elements`` of one rotated half of all heads for each thread."""
     lanes = 64 if arch.startswith("gfx") else 32
     return config(num_warps=power_of_2(elements // (16 * lanes), 1, 8))
 
@@ -84,7 +84,7 @@ def rotary_kernel(
     BLOCK: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """One program a row: its angles are read once, for all heads of q and k and for both halves."""
+    """Rotate one row a program: its angles are read once, for all heads of q and k and for both halves."""
     i_row = tl.program_id(0).to(tl.int64)
     # [1, BLOCK]
     o_d = tl.arange(0, BLOCK)[None, :]
@@ -137,10 +137,10 @@ def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool) -
 
 
 def forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Serves ``sap_fast::rotary``."""
+    """Launch what serves ``sap_fast::rotary``."""
     return _turn(q, k, cos, sin, transposed=False)
 
 
 def backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Serves ``sap_fast::rotary_backward``: the map is linear, so its backward is its transpose."""
+    """Launch what serves ``sap_fast::rotary_backward``: the map is linear, so its backward is its transpose."""
     return _turn(dq, dk, cos, sin, transposed=True)

@@ -26,7 +26,7 @@ __all__ = ["RowIndex", "take_rows"]
 
 
 class RowIndex(NamedTuple):
-    """Which rows are taken, and from whom each row gets its cotangent back. All int64, on the device of the rows.
+    """Tells which rows are taken, and whence each gets its cotangent back. All int64, on the device of the rows.
 
     ``rows [taken]``: the row that each place takes; rows may be taken many times, or never. ``offsets [count + 1]``
     and ``takers [taken]``: row r is taken by the places ``takers[offsets[r]:offsets[r + 1]]``, in this order.
@@ -38,21 +38,21 @@ class RowIndex(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor, count: int) -> "RowIndex":
-        """The index that takes ``rows`` of ``count`` ones. Waits for no device."""
+        """Make the index that takes ``rows`` of ``count`` ones. Waits for no device."""
         takers = rows.argsort(stable=True)
         every = torch.arange(count + 1, device=rows.device)
         return cls(rows, torch.searchsorted(rows[takers], every), takers)
 
     @classmethod
     def on_host(cls, rows: np.ndarray, count: int) -> "RowIndex":
-        """The same from numbers that are known on the host, on the CPU."""
+        """Make the index of numbers that are known on the host, on the CPU."""
         offsets = np.zeros(count + 1, np.int64)
         np.cumsum(np.bincount(rows, minlength=count), out=offsets[1:])
         return cls(*map(torch.from_numpy, (rows, offsets, rows.argsort(kind="stable"))))
 
 
 def take_rows(duals: Sequence[tuple[Tensor, Tensor | None]], index: RowIndex) -> list[tuple[Tensor, Tensor | None]]:
-    """``y[i] = x[rows[i]]`` of each dual, both halves alike; in the backward each row sums up what it gets back.
+    """Take ``y[i] = x[rows[i]]`` of each dual, both halves alike; in the backward each row sums up what it gets back.
 
     The sums are in float32 (float64 for float64), in the order of ``takers``: the same bits in every run.
 

@@ -1,4 +1,4 @@
-"""What taking rows is tried on."""
+"""Holds what taking rows is tried on."""
 
 from collections.abc import Sequence
 
@@ -23,14 +23,14 @@ def _case(
 
 
 def _shared(sequences: int, length: int, prefix: int) -> tuple[int, list[int]]:
-    """Sequences that share a prefix: how many rows they have, and the row of each token."""
+    """Describe sequences that share a prefix: how many rows they have, and the row of each token."""
     own = length - prefix
     rows = [[*range(prefix), *range(prefix + i * own, prefix + (i + 1) * own)] for i in range(sequences)]
     return prefix + sequences * own, [row for sequence in rows for row in sequence]
 
 
 def _of_model(w: Widths, rows: int, _: int) -> Case:
-    """Keys and values of sequences whose common prefix is a third of what they have."""
+    """Describe keys and values of sequences whose common prefix is a third of what they have."""
     return _case(str(rows), rows, [i % rows for i in range(rows + rows // 2)], [(w.kv_heads, w.head_dim)] * 2)
 
 

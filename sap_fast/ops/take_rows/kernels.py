@@ -13,7 +13,7 @@ _AT_ONCE = 3
 
 
 def row_config(arch: str, width: int) -> Config:
-    """The table of configurations: eight elements for each thread, which are 16 bytes in bfloat16."""
+    """Look up the configuration: eight elements for each thread, which are 16 bytes in bfloat16."""
     lanes = 64 if arch.startswith("gfx") else 32
     block = power_of_2(width, 16, 1024)
     return config(power_of_2(block // (8 * lanes), 1, 8), 1, BLOCK=block)
@@ -51,7 +51,7 @@ def take_kernel(
     HALVES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a place, block and tensor. Outputs are contiguous; a width of 0 is no tensor."""
+    """Take one place, block and tensor a program. Outputs are contiguous; a width of 0 is no tensor."""
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + i)
     count = taken.to(tl.int64)
@@ -101,7 +101,7 @@ def sum_kernel(
     HALVES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row, block and tensor: the sum of what the row's takers got."""
+    """Sum up what a row's takers got: one program a row, block and tensor."""
     i = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(offsets + i), tl.load(offsets + i + 1)
     rows = count.to(tl.int64)
@@ -114,17 +114,17 @@ def sum_kernel(
 
 
 def forward(xs: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
-    """Serves ``sap_fast::take_rows``."""
+    """Launch what serves ``sap_fast::take_rows``."""
     return _launched(take_kernel, xs, (rows.contiguous(),), rows.shape[0])
 
 
 def backward(dys: Sequence[Tensor], offsets: Tensor, takers: Tensor) -> list[Tensor]:
-    """Serves ``sap_fast::take_rows_backward``."""
+    """Launch what serves ``sap_fast::take_rows_backward``."""
     return _launched(sum_kernel, dys, (offsets.contiguous(), takers.contiguous()), offsets.shape[0] - 1)
 
 
 def _launched(kernel: object, xs: Sequence[Tensor], index: tuple[Tensor, ...], count: int) -> list[Tensor]:
-    """The tensors with ``count`` rows that a kernel makes of ``xs``."""
+    """Return the tensors with ``count`` rows that a kernel makes of ``xs``."""
     ys = [empty(x, x.shape[0], count, *x.shape[2:]) for x in xs]
     for start in range(0, len(xs), _AT_ONCE):
         some = [rows_of(x.flatten(2)) for x in xs[start : start + _AT_ONCE]]

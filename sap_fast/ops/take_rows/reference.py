@@ -4,5 +4,5 @@ from torch import Tensor
 
 
 def primal(x: Tensor, rows: Tensor) -> Tensor:
-    """``y[i] = x[rows[i]]``."""
+    """Take ``y[i] = x[rows[i]]``."""
     return x.index_select(0, rows)

@@ -111,8 +111,8 @@ class SAPConfig:
         "auto",
         "what serves attention in ordinary passes, those without tangents; dual ones always have the library's own. "
         "auto: the first of what is there that gives the same bits from run to run (sap-fast info tells which, and why "
-        "not the others); or own, flash_attn (the package), varlen_attn, sdpa (PyTorch's). They differ in rounding. One "
-        "that cannot serve the model is refused at attach",
+        "not the others); or own, flash_attn (the package), varlen_attn, sdpa (PyTorch's). They differ in rounding. "
+        "One that cannot serve the model is refused at attach",
     )
     delayed_direction: bool = _setting(
         False,

@@ -138,11 +138,8 @@ def on_pretended(
         sap: SAP = entered[0] if kind else entered
         for x in [*model.parameters(), *model.buffers(), *tensors_of(sap.state)[0]]:
             device.put(x)
-        # The weights have moved since the handle was made, which it would refuse: the look is at where they are now.
-        moved, check = Snapshot.of(model), Snapshot.check
-        with (
-            mock.patch.object(Snapshot, "check", lambda _: check(moved)),
-            mock.patch.object(sap, "_solved", device.aside(sap._solved)),
-            device,
-        ):
-            yield sap, device
+        with mock.patch.object(sap, "_solved", device.aside(sap._solved)), device:
+            # The weights have moved since the handle was made, which it would refuse: the look is at where they are.
+            moved, check = Snapshot.of(model), Snapshot.check
+            with mock.patch.object(Snapshot, "check", lambda _: check(moved)):
+                yield sap, device

@@ -180,7 +180,7 @@ KINDS = [(1, 1), (8, 1), (1, 4), (2, 3), (3, 3), (3, 7)]
 def test_kinds_come_as_often_as_in_a_real_run(probe_every: int, direction_every: int) -> None:
     config = CONFIG.replace(probe_every=probe_every, direction_every=direction_every)
     found = kinds(config)
-    assert (found[0].directs, found[0].probes) == (True, True)
+    assert (found[0].finds_direction, found[0].finds_probe) == (True, True)
     assert sum(kind.weight for kind in found) == pytest.approx(1)
     steps = 2 * probe_every * -(-direction_every // probe_every)
     model, batch, pairs = tiny_model(layers=2, dtype=f32), random_batch(2, 5), random_pairs(1, 5)

@@ -230,8 +230,11 @@ def _steps(lines: Lines) -> list[str]:
             targets.verdicts([dict(row) for row in found.values() if row["stage"] == stage], digests, device, model)
             for stage in ("step", "options")
         ]
-        judged = [next((v for v in same if v["value"] is not None), same[0]) for same in zip(*by_stage, strict=True)]
-        text += _measured(targets.lines(judged))
+        judged: dict[str, Any] = {}
+        for verdict in (verdict for verdicts in by_stage for verdict in verdicts):
+            if verdict["target"] not in judged or verdict["value"] is not None:
+                judged[verdict["target"]] = verdict
+        text += _measured(targets.lines([*judged.values()]))
     return [*dict.fromkeys(text), *_digests(digests)]
 
 

@@ -260,7 +260,7 @@ class SAP:
         read = [packer.read(b, name) for b, name in zip(batches, names, strict=True)]
         read_pairs = None if pairs is None else packer.read_pairs(pairs)
         if direction is not None:
-            self._check_direction(direction)
+            direction.check_fits(Flat.of(decoder.trained), "direction")
         guards = read_pairs is not None or direction is not None
         finds_probe = guards and rhythm.finds_probe(config)
         pair_rows = None
@@ -294,17 +294,6 @@ class SAP:
         check_adapters(decoder)
         check_unchanged(decoder)
         return decoder
-
-    def _check_direction(self, u: Flat) -> None:
-        own = Flat.of(self.decoder.trained)
-        if u.layout != own.layout:
-            raise ValueError("direction must be over the trained weights, in their order: Flat.of(sap.decoder.trained)")
-        for what, given, wanted in (
-            ("dtype", u.vector.dtype, own.vector.dtype),
-            ("device", u.vector.device, own.vector.device),
-        ):
-            if given != wanted:
-                raise ValueError(f"direction must have the {what} {wanted}, but has {given}")
 
     def _draw_seed(self) -> Tensor | None:
         decoder = self.decoder

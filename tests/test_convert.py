@@ -58,7 +58,7 @@ def test_an_error_anywhere_takes_everything_off(where: int, monkeypatch: pytest.
     model.get_base_model()._set_gradient_checkpointing(True)
     names = {name: set(vars(m)) for name, m in model.named_modules()}
     sap = sap_fast.attach(model, CONFIG)
-    from sap_fast.model.decoder import Layer
+    from sap_fast.model.layer import Layer
 
     real, calls = Layer.forward, [0]
 

@@ -50,5 +50,6 @@ def test_the_root_holds_commands_only() -> None:
 def test_the_commit_is_this_checkouts() -> None:
     run = subprocess.run(["git", "-C", str(FOLDER), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if run.returncode:
+        # The sources were unpacked from an archive: there is no commit to compare with.
         pytest.skip("this is no checkout")
     assert record.environment()["commit"].rstrip("+") == run.stdout.strip()

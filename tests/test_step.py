@@ -213,7 +213,7 @@ def test_gradients_accumulate_as_in_pytorch() -> None:
 )
 def test_the_outer_pass_restarts_above_the_probe(restart: str, micros: int, calls: int) -> None:
     """Layers 0 and 1 lie beneath the probe on layer 1: stored, they are not run again."""
-    from sap_fast.model.decoder import Layer
+    from sap_fast.model.layer import Layer
 
     model, real, seen = tiny_model(), Layer.forward, [0]
 

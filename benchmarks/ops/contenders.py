@@ -92,11 +92,7 @@ def contender(name: str, op: OpCases, problem: Problem) -> OpContender:
 
 def _gradients(op: OpCases, problem: Problem, output: Any) -> dict[str, Tensor]:
     """Name what a raw backward returns as :func:`derive` does."""
-    names = list(problem.inputs)
-    if op.name == "probe_rms_norm":
-        names.remove("update")  # its cotangent is the residual's
-    if op.name == "lora_linear":
-        names.sort(key=lambda name: "xab".index(name[0]))  # x, then all a, then all b
+    names = op.returned(list(problem.inputs))
     gradients = dict(zip(names, tree_leaves(output), strict=True))
     result = {f"d{name}_dot": gradients.pop(name) for name in names if name in op.tangent_only}
     return result | {f"d{name}": dx for name, dx in split(gradients, True).items()}

@@ -87,6 +87,19 @@ class Flat(Mapping[str, Tensor]):
         torch._foreach_copy_(list(fresh.values()), list(self.values()))
         return fresh
 
+    def check_fits(self, own: "Flat", name: str) -> None:
+        """Refuse a vector that is not over the same weights as ``own``, in its dtype and on its device.
+
+        Raises:
+            ValueError: saying what was expected of ``name``.
+        """
+        if self.layout != own.layout:
+            raise ValueError(f"{name} must be over the trained weights, in their order: Flat.of(sap.decoder.trained)")
+        for what in ("dtype", "device"):
+            given, wanted = getattr(self.vector, what), getattr(own.vector, what)
+            if given != wanted:
+                raise ValueError(f"{name} must have the {what} {wanted}, but has {given}")
+
     def _matching(self, other: "Flat") -> Tensor:
         if other.layout is not self.layout and other.layout != self.layout:
             raise ValueError("the operands hold other names or shapes, or the same in another order")

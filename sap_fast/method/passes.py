@@ -32,7 +32,8 @@ from sap_fast.method.direction import SafetyLoss
 from sap_fast.method.flat import Flat
 from sap_fast.method.probe import Probe
 from sap_fast.method.reduce import Gradients, SafetySums
-from sap_fast.model.decoder import Decoder, Stream, Traversal
+from sap_fast.model.decoder import Decoder
+from sap_fast.model.layer import Stream, Traversal
 
 Found = TypeVar("Found", covariant=True)
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from sap_fast.errors import UnsupportedModelError
-from sap_fast.model.decoder import Layer, Norm, Projection
 from sap_fast.model.families import ACTIVATIONS, Family, type_name
+from sap_fast.model.layer import Layer, Norm, Projection
 
 # Rotary embeddings that keep state between calls: frequencies then depend on what was run before.
 _STATEFUL_ROPE = ("dynamic", "longrope")

@@ -145,6 +145,7 @@ class OpCases:
         whole: names of inputs that the op takes as one stack: their halves require grad together or
             not at all, and in half mode not at all.
         products: for the benchmarks' count of floating-point operations.
+        returned: takes the inputs' names; returns those whose cotangents the raw backward returns, in its order.
         multiplies: names of its Triton kernels that multiply matrices in the dtype of its inputs.
         reordered: whether its C++ kernels leave sums to torch, whose order follows from the number of threads.
         any_width: names of arguments of its raw ops whose last dimension may have any size, ``[halves, rows, ...]``.
@@ -162,6 +163,7 @@ class OpCases:
     tangent_only: Collection[str] = ()
     whole: Collection[str] = ()
     products: Products = Products()
+    returned: Callable[[list[str]], list[str]] = list
     multiplies: Collection[str] = ()
     reordered: bool = False
     any_width: Collection[str] = ()

@@ -16,7 +16,8 @@ from sap_fast.batch.rows import Rows
 from sap_fast.config import SAPConfig
 from sap_fast.method.outcome import State
 from sap_fast.method.rhythm import Rhythm
-from sap_fast.model.decoder import Decoder, Stream, Traversal, Weights
+from sap_fast.model.decoder import Decoder
+from sap_fast.model.layer import Stream, Traversal, Weights
 from sap_fast.profiling.phases import Begin, ignored
 from sap_fast.step import SAP
 

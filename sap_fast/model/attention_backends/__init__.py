@@ -9,7 +9,8 @@ from typing import Literal
 from sap_fast.model.attention_backends.choice import Backend, Choice, Heads, choose
 from sap_fast.model.attention_backends.machine import machine_of
 from sap_fast.model.attention_backends.serve import Attention, load
-from sap_fast.model.decoder import Decoder, Layer
+from sap_fast.model.decoder import Decoder
+from sap_fast.model.layer import Layer
 
 __all__ = ["Attention", "Choice", "Heads", "choose", "load", "machine_of", "with_attention"]
 

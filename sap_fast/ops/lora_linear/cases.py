@@ -119,6 +119,8 @@ CASES = OpCases(
         timed=[Size(model, rows, compiled=rows == MANY) for rows in (*FEW, MANY) for model in REAL_MODELS],
     ),
     typical="dropout",
+    # x, then all a, then all b.
+    returned=lambda names: sorted(names, key=lambda name: "xab".index(name[0])),
     wide=_ADAPTERS,
     # In a dual the gradient of a and b is that of their tangents; see lora_linear.
     tangent_only=_ADAPTERS,

@@ -66,6 +66,8 @@ CASES = OpCases(
     # Into how many parts the sums of a captured probe gradient are cut follows from the rows.
     sizes=Sizes(lambda w, rows, _: _case(rows, w.hidden), timed=STREAMED, rows_matter=True),
     typical="5x7",
+    # The cotangent of the update is the residual's.
+    returned=lambda names: [name for name in names if name != "update"],
     wide=("probe",),
     whole=("probe",),
 )
